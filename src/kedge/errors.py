@@ -1,0 +1,58 @@
+"""What goes wrong, said once: what, where, why, and what to do about it.
+
+Exit codes: 0 done; 1 a bug in Kedge; 2 the input or the settings; 3 the training diverged; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave.
+
+    `where` is `file:line`, a recipe key or a path; `what` says what is wrong and what was expected;
+    `remedy` says what to do.
+    """
+
+    where: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = f" -> {self.remedy}" if self.remedy else ""
+        return f"{self.where}: {self.what}{remedy}"
+
+
+class KedgeError(Exception):
+    """Base of every error that Kedge raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(KedgeError):
+    """The input or the settings cannot be used. Holds every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DivergenceError(KedgeError):
+    """Training produced a number that is not finite; the last good checkpoint is kept."""
+
+    exit_code = 3
+
+
+class Interrupted(KedgeError):
+    """The user asked the run to stop; everything up to the last checkpoint is kept."""
+
+    exit_code = 130
+
+    def __init__(self, where: str, remedy: str = "run the same command with --resume to go on") -> None:
+        self.problems = (Problem(where, "stopped on request", remedy),)
+        super().__init__(str(self.problems[0]))
