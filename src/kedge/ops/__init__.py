@@ -1,0 +1,1 @@
+"""Equations as functions of tensors: no configuration, no files, no state."""
