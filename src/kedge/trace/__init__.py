@@ -1,0 +1,1 @@
+"""What a run leaves on disk: the schema, the folder, the writer and the reader. Imports no torch."""
