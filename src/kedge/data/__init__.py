@@ -1,0 +1,1 @@
+"""Demonstrations, preferences and prompts: read, checked, split and turned into token ids."""

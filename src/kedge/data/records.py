@@ -1,0 +1,62 @@
+"""What the stages train on: prompts, demonstrations, preferences, and the report of reading them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from kedge.errors import Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is usually system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the response to imitate."""
+
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt and who preferred which.
+
+    `strength` is the share of votes for `chosen`, in [0, 1]: 1 is unanimous, 0.5 a tie.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """The usable rows of a file beside the ones that were left out and why.
+
+    `lines[i]` is the "file:line" of `rows[i]`. `total` counts all rows of the file, rejected ones included.
+    """
+
+    rows: tuple[T, ...]
+    lines: tuple[str, ...]
+    rejected: tuple[Problem, ...]
+    total: int
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt as plain text, one "role: content" per message; what is hashed, held out and shown."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt)

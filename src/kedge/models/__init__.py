@@ -1,0 +1,1 @@
+"""Models as ordinary Hugging Face folders: policy, reward model, critic."""
