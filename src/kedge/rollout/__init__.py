@@ -1,0 +1,1 @@
+"""From prompts to responses, and what the models say about them."""

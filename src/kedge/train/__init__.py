@@ -1,0 +1,1 @@
+"""Supervised fine-tuning, reward modelling and policy optimisation, one loop each."""

@@ -1,0 +1,54 @@
+"""Orders, seeds and learning rates: everything random in training is a function of (seed, purpose, step)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_of(seed: int, purpose: str, step: int = 0) -> int:
+    """A 63-bit seed for one purpose at one step, so that a resumed run draws what an uninterrupted one would."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seeded(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(seed, purpose, step))
+
+
+def seeded_numpy(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed_of(seed, purpose, step))
+
+
+def batches(lengths: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`steps` index batches through shuffled epochs; rows of similar length share a batch to save padding.
+
+    Batches come in random order, and which rows share one changes every epoch.
+    """
+    done = 0
+    while done < steps:
+        jitter = lengths + 12 * torch.rand(len(lengths), generator=generator)
+        order = jitter.argsort()
+        parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for position in torch.randperm(len(parts), generator=generator).tolist():
+            if done == steps:
+                return
+            yield parts[position]
+            done += 1
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over `warmup` steps, then a cosine down to a twentieth of the rate."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: maximise the likelihood of demonstrated responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kedge.errors import DivergenceError
+from kedge.ops.logprobs import taken
+from kedge.ops.masked import masked_sum
+from kedge.rollout.score import response_logprobs
+from kedge.structs import Rollouts
+from kedge.train.schedule import batches, cosine, seeded
+
+
+def train_sft(
+    model: Any,
+    demonstrations: Rollouts,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    warmup: int,
+    seed: int,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """Train `model` in place with AdamW and a cosine schedule; loss in nats per response token, EOS included.
+
+    `on_step(step, loss)` is called after every optimiser step. Raises `DivergenceError` on a loss that is not finite.
+    """
+    model.eval()  # dropout stays off: the same network must score and train
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, eps=1e-5)
+    schedule = cosine(optimizer, steps, warmup)
+    expected_tokens = batch_size * float(demonstrations.lengths.float().mean())
+    for step, index in enumerate(batches(demonstrations.lengths, batch_size, steps, seeded(seed, "sft", 0))):
+        batch = demonstrations.rows(index)
+        logprobs = taken(response_logprobs(model, batch, 1.0), batch.response_ids)
+        # Batches hold rows of similar length: divided by their own token count, long answers would count too little.
+        loss = -masked_sum(logprobs, batch.response_mask) / expected_tokens
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not torch.isfinite(loss):
+            raise DivergenceError(f"supervised loss is {loss.item()} at step {step} -> lower sft.lr")
+        optimizer.step()
+        schedule.step()
+        on_step(step, loss.item())
+
+
+@torch.no_grad()
+def heldout_loss(model: Any, demonstrations: Rollouts, *, microbatch: int = 256) -> tuple[float, float]:
+    """Nats per response token and the share of response tokens ranked first, teacher-forced."""
+    total, right, count = 0.0, 0, 0
+    for index in demonstrations.lengths.argsort(stable=True).split(microbatch):
+        batch = demonstrations.rows(index)
+        logprobs = response_logprobs(model, batch, 1.0)
+        mask = batch.response_mask
+        total -= float(taken(logprobs, batch.response_ids).masked_fill(~mask, 0).sum())
+        right += int(((logprobs.argmax(dim=-1) == batch.response_ids) & mask).sum())
+        count += int(mask.sum())
+    return total / count, right / count
