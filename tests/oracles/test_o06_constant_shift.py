@@ -1,0 +1,32 @@
+"""O6: adding a constant to every score must not change the trained policy.
+
+A Bradley–Terry reward model leaves the constant undetermined. Whitened rewards fail: with responses of unequal length
+the constant turns into a reward per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from enumerable import Space, random_task
+from lab import Ppo, train, with_whitened_rewards
+
+TASK = random_task(Space(3, 3))
+PPO = Ppo(lam=0.95, whiten=True, heads=4, steps=120)
+
+
+@pytest.mark.parametrize("constant", [-2.0, 3.0])
+def test_a_constant_added_to_every_score_changes_nothing(constant: float) -> None:
+    shifted = replace(TASK, reward=TASK.reward + constant)
+    assert TASK.distance(train(shifted, PPO)) < 0.01
+
+
+def test_whitened_rewards_fail_it_and_turn_the_constant_into_length() -> None:
+    lengths = []
+    for constant in (-2.0, 3.0):
+        shifted = replace(TASK, reward=TASK.reward + constant)
+        table = train(shifted, replace(PPO, tamper=with_whitened_rewards))
+        assert TASK.distance(table) > 0.03
+        lengths.append(float((TASK.space.sequence_logprobs(table).exp() * TASK.space.lengths).sum()))
+    assert abs(lengths[0] - lengths[1]) > 0.03
