@@ -1,0 +1,142 @@
+"""The matched net margin: on the same prompt, does the reward still pay for the verbose answer?
+
+Reference sheet of the idea: the policy keeps moving towards the verbose answer exactly while
+score margin - beta * KL margin - length penalty * length margin is above 0 (verbose minus brief, on-policy). Means over
+different prompts do not show this: easy prompts have both brief answers and high advantages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kedge.trace.reader import Run
+
+Array = NDArray[Any]
+RESAMPLES = 2000
+TERCILES = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Probe prompts that have both answers, after `step` updates; arrays have one entry per prompt [N]."""
+
+    step: int
+    beta: float  # reward per nat
+    penalty: float  # reward per token
+    score: Array  # verbose minus brief, normalised score
+    kl: Array  # verbose minus brief, nats
+    length: Array  # verbose minus brief, tokens
+    tercile: Array
+
+    @property
+    def net(self) -> Array:
+        """[N] what the reward in force pays for the verbose answer, in reward."""
+        return np.asarray(self.untaxed - self.penalty * self.length)
+
+    @property
+    def untaxed(self) -> Array:
+        """[N] the same without the length penalty."""
+        return np.asarray(self.score - self.beta * self.kl)
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Means over probe prompts after `step` updates, with a 95% interval of the net from resampled prompts."""
+
+    step: int
+    prompts: int
+    beta: float  # reward per nat
+    score: float  # normalised score
+    kl: float  # nats
+    length: float  # tokens
+    kl_cost: float  # reward: beta * kl
+    length_cost: float  # reward: penalty * length
+    net: float  # reward
+    low: float  # reward
+    high: float  # reward
+    share_positive: float
+    tercile: int | None = None  # None: all prompts
+
+    @property
+    def pays(self) -> bool:
+        """The verbose answer pays: the interval lies above 0 and more than half of the prompts do."""
+        return self.low > 0 and self.share_positive > 0.5
+
+
+def probe_pairs(run: Run) -> Iterator[Pairs]:
+    """The matched probe answers of every probe step, in order. Prompts lacking a variant or a score are left out."""
+    table = run.probes()
+    column = {name: table.column(name).to_numpy() for name in table.column_names if name not in ("prompt", "response")}
+    weight = run.metrics("policy").get("weight/length")
+    for step in np.unique(column["step"]):
+        rows = {name: values[column["step"] == step] for name, values in column.items()}
+        brief, verbose = (_first_by_probe(rows, variant) for variant in ("brief", "verbose"))
+        both = sorted(set(brief) & set(verbose))
+        one, other = [brief[probe] for probe in both], [verbose[probe] for probe in both]
+        margin = {name: rows[name][other].astype(float) - rows[name][one] for name in ("score", "kl", "length")}
+        known = np.isfinite(margin["score"]) & np.isfinite(margin["kl"])
+        yield Pairs(
+            step=int(step),
+            beta=float(rows["beta"][0]),
+            penalty=_penalty(weight, int(step)),
+            **{name: values[known] for name, values in margin.items()},
+            tercile=rows["tercile"][one][known],
+        )
+
+
+def _first_by_probe(rows: dict[str, Array], variant: str) -> dict[int, int]:
+    """Probe number -> its first row of `variant`."""
+    index = np.flatnonzero(rows["variant"] == variant)
+    return {int(rows["probe"][at]): int(at) for at in index[::-1]}
+
+
+def _penalty(weight: tuple[Array, Array] | None, step: int) -> float:
+    """Length penalty in force after `step` updates: minus the length channel's weight at the nearest policy step."""
+    if weight is None or not len(weight[0]):
+        return 0.0
+    steps, values = weight
+    return float(-values[np.argmin(np.abs(steps - step))])
+
+
+def margin(pairs: Pairs, tercile: int | None = None, *, seed: int = 0) -> Margin | None:
+    """Means over the prompts of `pairs`, or of one tercile; None when there are none."""
+    here = np.full(len(pairs.score), True) if tercile is None else pairs.tercile == tercile
+    if not here.any():
+        return None
+    net = pairs.net[here]
+    low, high = bootstrap_interval(net, seed=seed)
+    kl, length = float(pairs.kl[here].mean()), float(pairs.length[here].mean())
+    return Margin(
+        step=pairs.step,
+        prompts=int(here.sum()),
+        beta=pairs.beta,
+        score=float(pairs.score[here].mean()),
+        kl=kl,
+        length=length,
+        kl_cost=pairs.beta * kl,
+        length_cost=pairs.penalty * length,
+        net=float(net.mean()),
+        low=low,
+        high=high,
+        share_positive=float((net > 0).mean()),
+        tercile=tercile,
+    )
+
+
+def margins(run: Run, tercile: int | None = None) -> tuple[Margin, ...]:
+    """The matched net margin of every probe step, over all prompts or one tercile of the reference's length."""
+    found = (margin(pairs, tercile) for pairs in probe_pairs(run))
+    return tuple(one for one in found if one is not None)
+
+
+def bootstrap_interval(values: Array, *, seed: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` [N] under resampling with replacement."""
+    draws = np.random.default_rng(seed).integers(0, len(values), size=(RESAMPLES, len(values)))
+    means = values[draws].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""How good a policy is: scores, divergence and capability on held-out prompts."""
