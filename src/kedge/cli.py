@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from kedge import __version__
-from kedge.errors import InputError, KedgeError, Problem
+from kedge.errors import InputError, Interrupted, KedgeError, Problem
 from kedge.progress import Interrupt, Progress
 
 STAGES = ("sft", "reward", "policy", "evaluate")
@@ -145,8 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has stopped, as in `kedge --help | head`; nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        problems, code = [Problem("kedge", "stopped", "run the same command with --resume to go on")], 130
     except Exception as error:
         problems, code = _explained(error, arguments)
         if os.environ.get("KEDGE_DEBUG"):
@@ -183,8 +181,11 @@ def _execute(work: Callable[[Progress, Interrupt], dict[str, Any]], *, as_json: 
     """Do the work with progress on stderr, then print its result on stdout."""
     progress = Progress(quiet=as_json and not sys.stderr.isatty())
     # Libraries print now and then; stdout is for the result alone.
-    with redirect_stdout(sys.stderr), Interrupt().listening() as interrupt:
-        result = dict(work(progress, interrupt))
+    try:
+        with redirect_stdout(sys.stderr), Interrupt().listening() as interrupt:
+            result = dict(work(progress, interrupt))
+    except KeyboardInterrupt:
+        raise Interrupted("kedge") from None
     lines = result.pop("lines", None)
     if as_json:
         typer.echo(json.dumps(_plain(result), allow_nan=False))

@@ -71,7 +71,9 @@ class Data(Section):
 
     demonstrations: File | None = Field(None, description="prompt and response columns")
     preferences: File | None = Field(None, description="prompt, chosen and rejected columns")
-    prompts: File | None = Field(None, description="prompts for the policy stage; the demonstrations' if absent")
+    prompts: File | None = Field(
+        None, description="for the policy stage; the demonstrations' or preferences' if absent"
+    )
     text: File | None = Field(None, description="plain text whose held-out loss anchors capability")
     holdout: Part = Field(0.1, description="share of prompts kept for evaluation, by hash of the prompt")
     max_rejected: Share = Field(0.0, description="share of malformed or overlong rows to tolerate; they are listed")
@@ -482,6 +484,3 @@ def _bad_world(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     if data.demonstrations is None and recipe.model.init == "scratch":
         what = "is missing: a model from scratch has to learn from demonstrations first"
         yield "data.demonstrations", what, "name a file of prompts and responses, or a model folder in model.init"
-    elif data.demonstrations is None and data.prompts is None:
-        what = "is missing: without demonstrations there are no prompts for the policy"
-        yield "data.prompts", what, "name a file with a prompt column"

@@ -84,7 +84,7 @@ class Space:
 
     @cached_property
     def transition(self) -> Tensor:
-        """[states, vocabulary] next state: 0 before the marker, then every prompt's prefixes, last the end of it all."""
+        """[states, vocabulary] next state: 0 before the marker, then every prompt's prefixes, at last the end."""
         count = len(self.prefixes)
         over = 1 + self.prompts * count
         table = torch.full((over + 1, self.vocab_size), over)

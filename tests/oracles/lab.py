@@ -108,9 +108,7 @@ def train(task: Task, ppo: Ppo, start: Tensor | None = None) -> Tensor:
             if each is not None:
                 each.param_groups[0]["lr"] = ppo.lr * (1 + math.cos(math.pi * step / ppo.steps)) / 2
         scored = score(generate(task.space, policy, ppo.batch, generator), policy, task, critic)
-        experience = make_experience(
-            scored, weights=weights_for(beta), gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten
-        )
+        experience = make_experience(scored, weights=weights_for(beta), gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten)
         if ppo.tamper is not None:
             experience = ppo.tamper(experience, ppo)
         update(learner, experience, settings, generator, return_variance=variance_of(experience))
@@ -186,3 +184,23 @@ def with_whitened_rewards(experience: Experience, ppo: Ppo) -> Experience:
     whitened = (total / deviation + mean * (1 - 1 / deviation)) * mask
     rewards = torch.cat([whitened.unsqueeze(-1), torch.zeros_like(experience.rewards[..., 1:])], dim=-1)
     return with_rewards(experience, rewards, ppo)
+
+
+def ascent_per_response(scored: ScoredRollouts, policy: TableModel, weights: Mapping[str, float]) -> Tensor:
+    """The direction in which `update` would move the table, summed over tokens, per response: at lambda 1, unwhitened.
+
+    `update` divides by the number of tokens in the batch, which is random; undone, the mean is the policy gradient.
+    """
+    experience = make_experience(scored, weights=weights, gamma=1.0, lam=1.0, whiten=False)
+    settings = PpoSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=FREE, microbatch=100_000)
+    learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.0))
+    update(learner, experience, settings, torch.Generator(), return_variance=variance_of(experience))
+    assert policy.table.grad is not None
+    return -policy.table.grad * scored.rollouts.response_mask.sum() / len(scored.rollouts)
+
+
+def z_scores(draw: Callable[[], Tensor], exact: Tensor, batches: int = 50) -> Tensor:
+    """How many standard errors each coordinate's mean over batches is away from the exact gradient."""
+    samples = torch.stack([draw() for _ in range(batches)])
+    error = samples.std(dim=0).clamp(min=1e-12) / batches**0.5
+    return ((samples.mean(dim=0) - exact) / error).abs()

@@ -67,7 +67,7 @@ def test_truncate_gives_back_the_state_of_an_earlier_run(tmp_path: Path) -> None
     def survives(name: str) -> bool:
         if "step-" in name:
             return int(name[-14:-8]) < 6
-        return "/probes-" not in name and "/samples-" not in name or int(name[-14:-8]) <= 6
+        return ("/probes-" not in name and "/samples-" not in name) or int(name[-14:-8]) <= 6
 
     assert set(kept) == {name for name in full if survives(name)}
     assert all(kept[name] == full[name] for name in kept if name.startswith("trace"))

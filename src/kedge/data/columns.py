@@ -41,10 +41,10 @@ class UnknownColumns(Unusable):
 def demonstration(row: Mapping[str, Any]) -> Demonstration:
     if row.get("messages") is not None:
         return Demonstration(*_answered(_messages(row["messages"], "messages")))
-    prompt, response = _prompt_column(row), _first(row, "response", "completion", "output")
-    if prompt is None or response is None:
+    column, response = _prompt_column(row), _first(row, "response", "completion", "output")
+    if column is None or response is None:
         raise _unknown(row, DEMONSTRATION_COLUMNS)
-    context, text = _joined(_prompt(*prompt), _turns(row[response], response))
+    context, text = _joined(_prompt(*column), _turns(row[response], response))
     if not text.strip():
         raise Unusable(f"{response} is empty", "write a response or remove the row")
     return Demonstration(context, text)
@@ -53,16 +53,15 @@ def demonstration(row: Mapping[str, Any]) -> Demonstration:
 def preference(row: Mapping[str, Any]) -> Preference:
     if not {"chosen", "rejected"} <= row.keys():
         raise _unknown(row, PREFERENCE_COLUMNS)
-    chosen, rejected = (_turns(row[name], name) for name in ("chosen", "rejected"))
-    prompt = _prompt_column(row)
-    if prompt is None:
-        chosen, rejected = _transcript(chosen), _transcript(rejected)
-        if isinstance(chosen, str) or isinstance(rejected, str):
-            raise _unknown(row, PREFERENCE_COLUMNS)
-        (context, better), (other, worse) = _answered(chosen), _answered(rejected)
+    sides = [_turns(row[name], name) for name in ("chosen", "rejected")]
+    column = _prompt_column(row)
+    answers: list[tuple[Prompt, str]]
+    if column is None:
+        answers = [_answered(_conversation(side, row)) for side in sides]
     else:
-        given = _prompt(*prompt)
-        (context, better), (other, worse) = _joined(given, chosen), _joined(given, rejected)
+        given = _prompt(*column)
+        answers = [_joined(given, side) for side in sides]
+    (context, better), (other, worse) = answers
     if context != other:
         what = "chosen and rejected answer different prompts: they part before the last turn"
         raise Unusable(what, "compare responses to one prompt, or remove the row")
@@ -104,10 +103,10 @@ def _prompt_column(row: Mapping[str, Any]) -> tuple[Any, str] | None:
 
 
 def _prompt(value: Any, column: str) -> Prompt:
-    prompt = _turns(value, column)
-    if isinstance(prompt, str) and not prompt.strip():
+    turns = _turns(value, column)
+    if isinstance(turns, str) and not turns.strip():
         raise Unusable(f"{column} is empty", "write a prompt or remove the row")
-    return prompt
+    return turns
 
 
 def _text(value: Any, column: str) -> str:
@@ -163,14 +162,14 @@ def _joined(prompt: Prompt, response: str | Messages) -> tuple[Prompt, str]:
     return _answered(opening + response)
 
 
-def _transcript(value: str | Messages) -> str | Messages:
-    """A transcript of "Human:" and "Assistant:" turns set off by empty lines, as messages; other text as it is."""
-    if not isinstance(value, str) or not HH_TURN.match(value):
-        return value
-    _, *parts = HH_TURN.split(value)
-    return tuple(
-        Message(HH_ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True)
-    )
+def _conversation(side: str | Messages, row: Mapping[str, Any]) -> Messages:
+    """Messages as they are, and a transcript of "Human:" and "Assistant:" turns set off by empty lines as messages."""
+    if not isinstance(side, str):
+        return side
+    if not HH_TURN.match(side):
+        raise _unknown(row, PREFERENCE_COLUMNS)
+    _, *parts = HH_TURN.split(side)
+    return tuple(Message(HH_ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True))
 
 
 def _strength(row: Mapping[str, Any]) -> float:
@@ -191,8 +190,8 @@ def _strength(row: Mapping[str, Any]) -> float:
 
 
 def _flag(value: Any) -> bool:
-    known = {None: False, "": False, False: False, True: True, "false": False, "true": True, "0": False, "1": True}
-    key = value.lower() if isinstance(value, str) else value
-    if not isinstance(key, bool | int | str | None) or key not in known:
+    known = {"": False, "false": False, "0": False, "true": True, "1": True}
+    key = "" if value is None else str(value).lower()
+    if key not in known:
         raise Unusable(f"tie is {value!r}, expected true or false", "correct it or remove the row")
     return known[key]

@@ -60,12 +60,12 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
 
 def _open(path: Path) -> IO[bytes]:
     """The file's bytes, unzipped; UTF-16, which spreadsheets write, is refused by name."""
-    stream: Any = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-    if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        stream.close()
-        raise InputError(Problem(str(path), "UTF-16 text, expected UTF-8", "save it as UTF-8"))
-    bytes_stream: IO[bytes] = stream
-    return bytes_stream
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as stream:
+        if stream.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(Problem(str(path), "UTF-16 text, expected UTF-8", "save it as UTF-8"))
+    whole: IO[bytes] = opener(path, "rb")
+    return whole
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

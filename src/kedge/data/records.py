@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from kedge.errors import Problem
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Loaded(Generic[T]):
     lines: tuple[str, ...]
     rejected: tuple[Problem, ...]
     total: int
+
+    @classmethod
+    def of(cls, rows: Iterable[T], origin: str) -> Loaded[T]:
+        """Rows that were made here, not read; `origin` stands for the file."""
+        kept = tuple(rows)
+        return cls(kept, tuple(f"{origin}:{number}" for number in range(1, len(kept) + 1)), (), len(kept))
+
+    def where(self, keep: Callable[[T], bool]) -> Loaded[T]:
+        """The usable rows that `keep` accepts, without the rejected ones."""
+        pairs = [(row, line) for row, line in zip(self.rows, self.lines, strict=True) if keep(row)]
+        return Loaded(tuple(row for row, _ in pairs), tuple(line for _, line in pairs), (), len(pairs))
+
+    def map(self, change: Callable[[T], U]) -> Loaded[U]:
+        """The same lines with changed rows."""
+        return Loaded(tuple(change(row) for row in self.rows), self.lines, self.rejected, self.total)
 
 
 def prompt_text(prompt: Prompt) -> str:

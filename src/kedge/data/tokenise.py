@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from kedge.data.records import Message, Prompt
+from kedge.data.records import Demonstration, Loaded, Message, Preference, Prompt
+from kedge.data.validate import check_rejected
 from kedge.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 ROLES = ("user", "assistant", "system", "tool")
@@ -99,6 +102,48 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of `ids` without special tokens."""
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
+
+
+def within_context(
+    tokenizer: Any, loaded: Loaded[T], *, context: int, max_rejected: float, max_new_tokens: int = 0
+) -> Loaded[T]:
+    """The rows that fit into `context` tokens; the others, and those the chat template refuses, join `rejected`.
+
+    A demonstration and each side of a preference count with prompt, response and EOS, a prompt with the
+    `max_new_tokens` that are to follow it. Raises `InputError` if more than the share `max_rejected` of all rows is
+    rejected, or every row.
+    """
+    kept: list[tuple[T, str]] = []
+    rejected = list(loaded.rejected)
+    for row, where in zip(loaded.rows, loaded.lines, strict=True):
+        try:
+            length = _length(tokenizer, row, max_new_tokens)
+        except InputError as error:
+            what, remedy = error.problems[0].what, error.problems[0].remedy
+            rejected.append(Problem(where, what, remedy))
+            continue
+        if length <= context:
+            kept.append((row, where))
+        else:
+            extra = f" with the {max_new_tokens} to come" if max_new_tokens else ""
+            what = f"{length} tokens{extra}, the context is {context}"
+            rejected.append(Problem(where, what, "shorten or remove the row, or use a model with a longer context"))
+    if loaded.lines:
+        check_rejected(loaded.lines[0].rpartition(":")[0], rejected, loaded.total, max_rejected)
+    rows, lines = zip(*kept, strict=True) if kept else ((), ())
+    return Loaded(rows, lines, tuple(rejected), loaded.total)
+
+
+def _length(tokenizer: Any, row: Any, max_new_tokens: int) -> int:
+    """Tokens of the longest sequence that `row` turns into."""
+    if isinstance(row, Demonstration):
+        responses = [row.response]
+    elif isinstance(row, Preference):
+        responses = [row.chosen, row.rejected]
+    else:
+        return len(encode_prompt(tokenizer, row)) + max_new_tokens
+    longest = max(len(encode_response(tokenizer, response)) for response in responses)
+    return len(encode_prompt(tokenizer, row.prompt)) + longest
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

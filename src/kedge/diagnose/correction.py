@@ -121,9 +121,7 @@ def _majority_pays(found: list[Margin]) -> bool:
     return sum(one.pays for one in found) * 2 > len(found)
 
 
-def _evidence(
-    lengths: _Lengths, late: list[Margin], paying_late: bool, rising: list[Margin]
-) -> tuple[Evidence, ...]:
+def _evidence(lengths: _Lengths, late: list[Margin], paying_late: bool, rising: list[Margin]) -> tuple[Evidence, ...]:
     def mean(name: str) -> float:
         return float(np.mean([getattr(one, name) for one in late]))
 

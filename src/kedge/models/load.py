@@ -136,8 +136,8 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
+            path.replace(old)
+        partial.replace(path)
     except (OSError, SafetensorError) as error:
         what = f"the model cannot be written: {getattr(error, 'strerror', None) or error}"
         raise InputError(Problem(str(path), what, "choose a folder with space that you may write to")) from error
@@ -172,9 +172,7 @@ def reward_model_from(policy_model: Any, seed: int) -> Any:
     """
     config = copy.deepcopy(policy_model.config)
     config.num_labels = 1
-    model = _seeded(
-        seed, lambda: AutoModelForSequenceClassification.from_config(config, dtype=policy_model.dtype)
-    )
+    model = _seeded(seed, lambda: AutoModelForSequenceClassification.from_config(config, dtype=policy_model.dtype))
     model.base_model.load_state_dict(policy_model.base_model.state_dict())
     head = _score_head(model, str(config.model_type))
     generator = torch.Generator().manual_seed(seed)
@@ -274,19 +272,16 @@ def _attempt(path: str | Path, what: str, load: Callable[[], Any]) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress bars and warnings off the terminal; Kedge checks and reports for itself."""
-    bars, verbosity, hub_verbosity = (
-        logging.is_progress_bar_enabled(),
-        logging.get_verbosity(),
-        hub_logging.get_verbosity(),
-    )
+    bars = logging.is_progress_bar_enabled()
+    levels = [(source, source.get_verbosity()) for source in (logging, hub_logging)]
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    for source, _ in levels:
+        source.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
+        for source, level in levels:
+            source.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 

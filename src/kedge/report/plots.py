@@ -5,7 +5,7 @@ Every chart has a title and a description in words for readers who do not see it
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,7 @@ from kedge.report.numbers import plain, signed
 
 Array = NDArray[Any]
 WIDTH, HEIGHT = 360, 214
-LEFT, RIGHT, TOP, BOTTOM = 42, 10, 20, 34
-_ids = itertools.count()
+LEFT, RIGHT, TOP, BOTTOM = 42, 12, 22, 34
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,16 @@ def line_chart(title: str, lines: Sequence[Line], *, x: str, y: str, zero: bool 
     lines = [line for line in map(_finite, lines) if len(line.x)]
     if not lines:
         return ""
-    xs = _ticks(min(line.x.min() for line in lines), max(line.x.max() for line in lines), 5)
+    span = min(line.x.min() for line in lines), max(line.x.max() for line in lines)
+    xs = _ticks(*span, 5)
+    if span[1] > span[0]:
+        xs = xs[(xs >= span[0] - 1e-9) & (xs <= span[1] + 1e-9)]
+    else:
+        span = xs[0], xs[-1]
     tops = [edge for line in lines for edge in (line.y, line.low, line.high) if edge is not None]
     low, high = min(edge.min() for edge in tops), max(edge.max() for edge in tops)
     ys = _ticks(min(low, 0.0) if zero else low, max(high, 0.0) if zero else high, 4)
-    frame = _Frame(xs, ys)
+    frame = _Frame(xs, ys, *span)
     body = [frame.axes(x, y, zero)]
     body += [_band(frame, line) for line in lines if line.low is not None]
     body += [_path(frame, line) for line in lines]
@@ -68,7 +72,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x: str, y: str, zero: bool 
 def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, limit: float, note: str = "") -> str:
     """Horizontal bars left and right of 0. `limit` is the length of the axis on each side, for charts that compare."""
     limit = limit if limit > 0 and math.isfinite(limit) else 1.0
-    label, value, row = 104, 46, 23
+    label, value, row = 122, 44, 23
     span = (WIDTH - label - value) / 2
     middle = label + span
     bottom = TOP + row * len(bars)
@@ -94,11 +98,11 @@ def bar_chart(title: str, bars: Sequence[Bar], *, unit: str, limit: float, note:
 class _Frame:
     """Data coordinates to the SVG's, for given ticks."""
 
-    def __init__(self, xs: Array, ys: Array) -> None:
-        self.xs, self.ys = xs, ys
+    def __init__(self, xs: Array, ys: Array, left: float, right: float) -> None:
+        self.xs, self.ys, self.left, self.right = xs, ys, float(left), float(right)
 
     def x(self, value: float) -> float:
-        return float(LEFT + (WIDTH - LEFT - RIGHT) * (value - self.xs[0]) / (self.xs[-1] - self.xs[0]))
+        return float(LEFT + (WIDTH - LEFT - RIGHT) * (value - self.left) / (self.right - self.left))
 
     def y(self, value: float) -> float:
         return float(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.ys[0]) / (self.ys[-1] - self.ys[0]))
@@ -135,8 +139,7 @@ def _points(frame: _Frame, x: Array, y: Array) -> list[str]:
 
 def _path(frame: _Frame, line: Line) -> str:
     points = _points(frame, line.x, line.y)
-    dashed = " dashed" if line.dashed else ""
-    path = f'<path class="line s-{line.tone}{dashed}" d="M{"L".join(points)}"/>'
+    path = f'<path class="line s-{line.tone}{_dashed(line)}" d="M{"L".join(points)}"/>'
     if line.dashed or len(points) > 20:
         return path
     dots = "".join(
@@ -164,14 +167,18 @@ def _legend(lines: Sequence[Line]) -> str:
         return ""
     items = "".join(
         f'<li><svg class="key" viewBox="0 0 18 8" aria-hidden="true">'
-        f'<path class="line s-{line.tone}{" dashed" if line.dashed else ""}" d="M0 4H18"/></svg>{escape(line.label)}</li>'
+        f'<path class="line s-{line.tone}{_dashed(line)}" d="M0 4H18"/></svg>{escape(line.label)}</li>'
         for line in lines
     )
     return f'<ul class="legend">{items}</ul>'
 
 
+def _dashed(line: Line) -> str:
+    return " dashed" if line.dashed else ""
+
+
 def _figure(title: str, description: str, legend: str, body: str, height: float, note: str) -> str:
-    name = f"chart{next(_ids)}"
+    name = "c" + hashlib.sha256(f"{title}|{description}".encode()).hexdigest()[:10]
     under = f'<p class="note">{escape(note)}</p>' if note else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}{legend}</figcaption>'

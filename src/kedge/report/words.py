@@ -1,14 +1,15 @@
 """The report in words: five lines, two paragraphs, and for a comparison five lines more.
 
-A channel "accounts for" a sum; nothing here says that it caused anything. Verdicts come from answers to the same prompt.
+A channel "accounts for" a sum; nothing here says that it caused anything. Verdicts come from answers to one prompt.
 """
 
 from __future__ import annotations
 
 import math
 
+from kedge.diagnose.correction import Proposal
 from kedge.diagnose.margin import Margin
-from kedge.report.numbers import percent, plain, signed
+from kedge.report.numbers import fixed, percent, plain, signed
 from kedge.report.view import View
 
 
@@ -53,7 +54,8 @@ def _gold_line(view: View) -> str:
     if best is None:
         return "Gold utility: nobody knows it for this run."
     first, top, last = view.first("gold"), view.at("gold", best), view.last("gold")
-    return f"Gold utility (never shown to training): {signed(first)} → best {signed(top)} at {best} → {signed(last)}."
+    peak = f"best {signed(top)} after {best} updates"
+    return f"Gold utility (never shown to training): {signed(first)} → {peak} → {signed(last)}."
 
 
 def verdict(view: View) -> str:
@@ -78,7 +80,7 @@ def _payers(view: View) -> str:
 def what_happened(view: View) -> str:
     """The first paragraph: what moved on the fixed evaluation prompts, in numbers with units."""
     if not view.evaluation:
-        return f"{view.updates} policy updates are done and none has been evaluated, so there is nothing to compare yet."
+        return f"{view.updates} policy updates are done and none has been evaluated: there is nothing to compare yet."
     sentences = [f"{_opening(view)}{_lengths(view)}", _kl_sentence(view), _gold_sentence(view)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -134,7 +136,7 @@ def _gold_sentence(view: View) -> str:
     while_rising = " while the score went on rising" if rising else ""
     return (
         f"Gold utility, which training never saw, was best after {best} updates ({signed(top)}) and ended at "
-        f"{signed(last)}, {plain(top - last, 2)} lower{while_rising}."
+        f"{signed(last)}, {fixed(top - last)} lower{while_rising}."
     )
 
 
@@ -145,8 +147,9 @@ def what_accounts(view: View) -> str:
         sentences.append(_share_sentence(view.margins[-1]))
     elif view.proposal.status == "ok":
         sentences.append("The rule finds no length drift.")
-    sentences.append(_ledger_sentence(view))
-    if not view.margins:
+    ledger = _ledger_sentence(view)
+    sentences.append(ledger)
+    if ledger and not view.margins:
         sentences.append("Without matched probe answers this is no verdict: it mixes easy and hard prompts.")
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -154,10 +157,10 @@ def what_accounts(view: View) -> str:
 def _margin_sentence(late: Margin) -> str:
     length = f" and the length penalty {plain(late.length_cost, 2)}" if late.length_cost else ""
     return (
-        f"After {late.step} updates, on the same {late.prompts} prompts, the verbose answer scores {signed(late.score)} "
-        f"against the brief one, while its {signed(late.kl, 1)} nats of extra KL cost {plain(late.kl_cost, 2)} reward at "
-        f"beta {plain(late.beta)}{length}: net {signed(late.net)} reward "
-        f"(95% interval {signed(late.low)} to {signed(late.high)}), above 0 on {percent(late.share_positive)} of prompts."
+        f"After {late.step} updates, on the same {late.prompts} prompts, the verbose answer scores "
+        f"{signed(late.score)} against the brief one, while its {signed(late.kl, 1)} nats of extra KL cost "
+        f"{plain(late.kl_cost, 2)} reward at beta {plain(late.beta)}{length}: net {signed(late.net)} reward (95% "
+        f"interval {signed(late.low)} to {signed(late.high)}), above 0 on {percent(late.share_positive)} of prompts."
     )
 
 
@@ -188,7 +191,7 @@ def _ledger_sentence(view: View) -> str:
     )
 
 
-def comparison_summary(drift: View, corrected: View) -> tuple[str, ...]:
+def comparison_summary(drift: View, corrected: View, proposal: Proposal) -> tuple[str, ...]:
     """Five lines on two runs from the same start: score, length, KL, gold, what was changed."""
 
     def both(name: str, show: str = "signed") -> tuple[str, str]:
@@ -198,7 +201,7 @@ def comparison_summary(drift: View, corrected: View) -> tuple[str, ...]:
     score, gold = both("evaluation/score"), both("gold")
     length, kl = both("evaluation/length", "plain"), both("evaluation/kl_per_sequence", "plain")
     usual = plain(drift.last("evaluation/length_reference"))
-    changed = ", ".join(drift.proposal.overrides) or "nothing"
+    changed = ", ".join(proposal.overrides) or "nothing"
     return (
         f"Score at the end: {score[0]} drifting, {score[1]} corrected (normalised units, before any penalty).",
         f"Length: {length[0]} tokens drifting, {length[1]} corrected; the reference uses {usual}.",

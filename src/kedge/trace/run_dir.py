@@ -121,7 +121,7 @@ class RunDir:
         keep_json_lines(self.metrics, keep)
         keep_json_lines(self.timings, keep)
         keep_json_lines(self.truth, lambda record: int(record.get("step", 0)) <= step)
-        keep_json_lines(self.events, lambda record: True)
+        keep_json_lines(self.events, lambda _: True)
         for kind, first_dropped in (("step", step), ("probes", step + 1), ("samples", step + 1)):
             for at, path in self.files(kind):
                 if at >= first_dropped:
@@ -132,7 +132,7 @@ class RunDir:
         """Forget the metrics and timings of stages that will run again from their start."""
         for path in (self.metrics, self.timings):
             keep_json_lines(path, lambda record: record.get("stage") not in stages)
-        keep_json_lines(self.events, lambda record: True)
+        keep_json_lines(self.events, lambda _: True)
         self._remove_half_written()
 
     def _remove_half_written(self) -> None:

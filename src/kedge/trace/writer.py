@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -73,9 +72,9 @@ class StepRecord:
         batch, length = self.response_ids.shape
         width = len(self.channels)
         shapes = {
-            **{name: (batch, length) for name in ("response_mask", "active", "advantage", *TOKEN_FLOATS)},
-            **{name: (batch, length, width) for name in ("rewards", "values")},
-            **{name: (batch,) for name in ("group", "ended")},
+            **dict.fromkeys(("response_mask", "active", "advantage", *TOKEN_FLOATS), (batch, length)),
+            **dict.fromkeys(("rewards", "values"), (batch, length, width)),
+            **dict.fromkeys(("group", "ended"), (batch,)),
             "weights": (batch, width),
             "prompt_mask": self.prompt_ids.shape,
         }
@@ -192,7 +191,7 @@ class TraceWriter:
                     return
                 if self._failure is None:
                     job()
-            except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            except BaseException as error:  # handed to the caller
                 self._failure = error
             finally:
                 self._jobs.task_done()
@@ -314,7 +313,7 @@ def _write(table: pa.Table, path: Path) -> None:
     temporary = temporary_name(path)
     try:
         pq.write_table(table, temporary, compression="zstd", use_dictionary=["prompt", "variant"])
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error

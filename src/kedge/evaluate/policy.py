@@ -1,0 +1,151 @@
+"""The fixed evaluation set: how the reference answers it, and how a policy does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedge.data.records import Prompt
+from kedge.data.task import Truth
+from kedge.ops.masked import masked_mean, masked_sum
+from kedge.rollout.engine import RolloutEngine
+from kedge.rollout.score import token_scores
+from kedge.structs import Prompts, Rollouts, Sampling
+
+TERCILES = 3
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What evaluation needs beside a policy; `decode` turns response ids into text."""
+
+    engine: RolloutEngine
+    sampling: Sampling
+    score: Callable[[Rollouts], Tensor]
+    decode: Callable[[Rollouts], list[str]]
+    eos_id: int
+    truth: Truth | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts with the reference's answers. `usual_length` [N] comes from samples other than `answers`, so that
+    grouping by it does not bias the comparison with `answers`."""
+
+    texts: tuple[Prompt, ...]
+    prompts: Prompts
+    usual_length: Tensor
+    tercile: Tensor  # [N] 0 where the reference is briefest
+    answers: Rollouts
+    answer_scores: Tensor
+    answer_texts: list[str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by metric name, the world's truth where it is known, and the answers themselves."""
+
+    metrics: dict[str, float]
+    truth: dict[str, float]
+    rollouts: Rollouts
+    texts: list[str]
+    scores: Tensor
+    token_kl: Tensor  # [N, T] k1, nats
+
+
+def prepare(
+    reference: Any, judge: Judge, texts: Sequence[Prompt], prompts: Prompts, samples: int, generator: torch.Generator
+) -> EvaluationSet:
+    """Let the reference answer every prompt `samples` times for its usual length, and once more to compare with."""
+    repeated = prompts.rows(torch.arange(len(prompts)).repeat_interleave(samples))
+    usual = judge.engine.generate(reference, repeated, judge.sampling, generator).lengths.float()
+    usual = usual.view(len(prompts), samples).mean(dim=1)
+    answers = judge.engine.generate(reference, prompts, judge.sampling, generator)
+    return EvaluationSet(
+        texts=tuple(texts),
+        prompts=prompts,
+        usual_length=usual,
+        tercile=terciles(usual),
+        answers=answers,
+        answer_scores=judge.score(answers),
+        answer_texts=judge.decode(answers),
+    )
+
+
+def terciles(values: Tensor) -> Tensor:
+    """[N] 0, 1 or 2 by rank of `values`, as equal in size as can be; ties keep their order."""
+    rank = values.argsort(stable=True).argsort()
+    return rank * TERCILES // len(values)
+
+
+def evaluate(
+    policy: Any, reference: Any, judge: Judge, fixed: EvaluationSet, generator: torch.Generator
+) -> Evaluation:
+    """Answer every prompt once with `policy` and measure; KL is k1 of policy against reference, in nats."""
+    rollouts = judge.engine.generate(policy, fixed.prompts, judge.sampling, generator)
+    temperature = judge.sampling.temperature
+    own = token_scores(policy, rollouts, temperature=temperature, eos_id=judge.eos_id)
+    usual = token_scores(reference, rollouts, temperature=temperature, eos_id=judge.eos_id)
+    token_kl = own.logprobs - usual.logprobs
+    scores, texts = judge.score(rollouts), judge.decode(rollouts)
+    lengths, mask = rollouts.lengths.float(), rollouts.response_mask
+    kl = masked_sum(token_kl, mask, dim=1)
+    won = float(((scores > fixed.answer_scores).float() + 0.5 * (scores == fixed.answer_scores).float()).mean())
+    low, high = wilson(won, len(scores))
+    p10, p50, p90 = torch.quantile(lengths, torch.tensor([0.1, 0.5, 0.9])).tolist()
+    metrics = {
+        "evaluation/score": scores.mean(),
+        "evaluation/score_reference": fixed.answer_scores.mean(),
+        "evaluation/kl_per_sequence": kl.mean(),
+        "evaluation/kl_per_token": masked_mean(token_kl, mask),
+        "evaluation/entropy": masked_mean(own.entropy, mask),
+        "evaluation/length": lengths.mean(),
+        "evaluation/length_reference": fixed.answers.lengths.float().mean(),
+        "evaluation/length_p10": p10,
+        "evaluation/length_p50": p50,
+        "evaluation/length_p90": p90,
+        "evaluation/ended": rollouts.ended.float().mean(),
+        "evaluation/win_rate": won,
+        "evaluation/win_rate_low": low,
+        "evaluation/win_rate_high": high,
+    }
+    for index in range(TERCILES):
+        rows = fixed.tercile == index
+        if rows.any():
+            ratio = lengths[rows].mean() / fixed.answers.lengths[rows].float().mean()
+            metrics[f"evaluation/tercile{index}/length_ratio"] = ratio
+            metrics[f"evaluation/tercile{index}/kl_per_sequence"] = kl[rows].mean()
+            metrics[f"evaluation/tercile{index}/score"] = scores[rows].mean()
+    known = _truth(judge.truth, fixed, texts) if judge.truth else {}
+    figures = {name: float(value) for name, value in metrics.items()}
+    return Evaluation(figures, known, rollouts, texts, scores, token_kl)
+
+
+def _truth(truth: Truth, fixed: EvaluationSet, texts: list[str]) -> dict[str, float]:
+    """Means of what the world knows, over all prompts and by tercile of the reference's length."""
+    judged = [truth(prompt, text) for prompt, text in zip(fixed.texts, texts, strict=True)]
+    reference = [truth(prompt, text) for prompt, text in zip(fixed.texts, fixed.answer_texts, strict=True)]
+    known = {name: _mean(judged, name) for name in judged[0]}
+    known["gold_reference"] = _mean(reference, "gold")
+    for index in range(TERCILES):
+        rows = (fixed.tercile == index).nonzero().flatten().tolist()
+        part = [judged[row] for row in rows]
+        if part:
+            known |= {f"tercile{index}/{name}": _mean(part, name) for name in ("gold", "correct", "answered")}
+    return known
+
+
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    return math.fsum(row[name] for row in rows) / len(rows)
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95% interval of a share among `count` trials; a tie counted half is taken as half a success."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - spread), min(1.0, centre + spread)

@@ -1,0 +1,6 @@
+"""Recipes carried out: the stages of a run, each resumable, and the demo's story in two acts."""
+
+from kedge.pipeline.demo import demo
+from kedge.pipeline.run import STAGES, run
+
+__all__ = ["STAGES", "demo", "run"]

@@ -1,0 +1,111 @@
+"""What every stage works with: the recipe, the run's folder, and the task's texts as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kedge.data.records import Demonstration, Loaded, Preference, Prompt
+from kedge.data.task import Task
+from kedge.data.tokenise import encode_prompt, encode_response, within_context
+from kedge.errors import InputError, Problem
+from kedge.progress import Interrupt, Progress
+from kedge.recipe import Recipe
+from kedge.rollout.engine import TorchEngine
+from kedge.rollout.given import as_prompts, as_rollouts
+from kedge.structs import Prompts, Rollouts, Sampling
+from kedge.trace.jsonl import append_json
+from kedge.trace.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run under way. `tokenizer` is the policy's; reward model and critic share it."""
+
+    recipe: Recipe
+    run: RunDir
+    task: Task
+    tokenizer: Any
+    progress: Progress
+    interrupt: Interrupt
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def eos_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def engine(self) -> TorchEngine:
+        return TorchEngine(self.eos_id, self.pad_id)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the policy answers, in training and in evaluation."""
+        return Sampling(self.recipe.policy.max_new_tokens, self.recipe.policy.temperature)
+
+    def metric(self, stage: str, step: int, figures: dict[str, float]) -> None:
+        """One line of metrics.jsonl."""
+        append_json(self.run.metrics, {"stage": stage, "step": step, **figures})
+
+    def event(self, stage: str, step: int, event: str, message: str) -> None:
+        """One line of events.jsonl, shown as well."""
+        append_json(self.run.events, {"stage": stage, "step": step, "event": event, "message": message})
+        self.progress.note(message)
+
+    def fitting(self, loaded: Loaded[Any], *, budget: int = 0) -> Loaded[Any]:
+        """The rows that fit the context; raises `InputError` when too many do not."""
+        kept = within_context(
+            self.tokenizer,
+            loaded,
+            context=self.recipe.model.context,
+            max_rejected=self.recipe.data.max_rejected,
+            max_new_tokens=budget,
+        )
+        if kept.rejected:
+            first = kept.rejected[0]
+            message = f"{len(kept.rejected)} of {kept.total} rows left out; first: {first}"
+            self.event("data", 0, "rejected_rows", message)
+        return kept
+
+    def encode_demonstrations(self, loaded: Loaded[Demonstration]) -> Rollouts:
+        """Demonstrations as rollouts that ended."""
+        rows = self.fitting(loaded).rows
+        if not rows:
+            raise InputError(Problem("data.demonstrations", "no row to train on", "give at least one that fits"))
+        return self.encode([row.prompt for row in rows], [row.response for row in rows])
+
+    def encode_preferences(self, loaded: Loaded[Preference]) -> tuple[tuple[Preference, ...], Rollouts, Rollouts]:
+        """The rows that fit, their chosen and their rejected responses."""
+        rows = self.fitting(loaded).rows
+        prompts = [row.prompt for row in rows]
+        chosen = self.encode(prompts, [row.chosen for row in rows])
+        return rows, chosen, self.encode(prompts, [row.rejected for row in rows])
+
+    def encode_prompts(self, loaded: Loaded[Prompt]) -> tuple[tuple[Prompt, ...], Prompts]:
+        """Prompts that leave room for a response, and their ids; `group_id` numbers them."""
+        rows = self.fitting(loaded, budget=self.sampling.max_new_tokens).rows
+        return rows, as_prompts([encode_prompt(self.tokenizer, row) for row in rows], self.pad_id)
+
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollouts:
+        """Given responses as rollouts."""
+        return as_rollouts(
+            [encode_prompt(self.tokenizer, prompt) for prompt in prompts],
+            [encode_response(self.tokenizer, response) for response in responses],
+            self.pad_id,
+        )
+
+    def text(self, rollouts: Rollouts) -> list[str]:
+        """Responses as text, special tokens left out."""
+        rows = [ids[mask].tolist() for ids, mask in zip(rollouts.response_ids, rollouts.response_mask, strict=True)]
+        decoded: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return decoded
+
+    def pieces(self, ids: torch.Tensor) -> list[str]:
+        """Each token as text of its own, for display."""
+        return [self.tokenizer.decode([token]) for token in ids.tolist()]

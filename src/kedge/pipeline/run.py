@@ -1,0 +1,173 @@
+"""A recipe carried out: its stages in order, what is already done left alone, and a summary at the end."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kedge import __version__
+from kedge.data.task import Task
+from kedge.errors import DivergenceError, InputError, Interrupted, Problem
+from kedge.models.load import load_policy
+from kedge.pipeline.context import Context
+from kedge.pipeline.policy import optimised
+from kedge.pipeline.reward import rewarded
+from kedge.pipeline.sft import supervised
+from kedge.pipeline.summary import summary
+from kedge.pipeline.tasks import task_of
+from kedge.progress import Interrupt, Progress
+from kedge.recipe import Recipe
+from kedge.trace.jsonl import append_json, read_json_lines, write_atomically
+from kedge.trace.run_dir import RunDir
+from kedge.train.experience import channel_names
+
+STAGES = ("sft", "reward", "policy", "evaluate")
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    recipe_text: str,
+    stages: Sequence[str] = STAGES,
+    resume: bool,
+    progress: Progress,
+    interrupt: Interrupt,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """Carry out `stages` of `recipe` in the folder `out` and return the summary.
+
+    With `resume`, finished stages are left alone and the policy stage goes on from its newest checkpoint; the result
+    equals that of an uninterrupted run, byte for byte. Input is read and checked before anything is written. `start`
+    is a finished run whose supervised policy and reward model this one takes over.
+    """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    task = task_of(recipe)
+    tokenizer = _tokenizer(recipe, task)
+    folder = RunDir.create(out, resume=resume)
+    _take_up(folder, recipe, recipe_text)
+    context = Context(recipe, folder, task, tokenizer, progress, interrupt)
+    with _status(context):
+        if start is not None:
+            _start_from(RunDir(start), folder)
+        for stage in stages:
+            _carry_out(context, stage)
+    return summary(folder, stages)
+
+
+def _tokenizer(recipe: Recipe, task: Task) -> Any:
+    if recipe.model.init != "scratch":
+        return load_policy(recipe.model.init, trust_remote_code=recipe.model.trust_remote_code)[1]
+    assert task.make_tokenizer is not None
+    return task.make_tokenizer()
+
+
+def _take_up(folder: RunDir, recipe: Recipe, recipe_text: str) -> None:
+    """Write the recipe into a new run; refuse to go on with a run of another recipe."""
+    resolved = recipe.model_dump_json(indent=2) + "\n"
+    if folder.recipe_json.exists():
+        before = Recipe.model_validate_json(folder.recipe_json.read_text(encoding="utf-8"))
+        changed = sorted(_differences(before.model_dump(mode="json"), recipe.model_dump(mode="json")))
+        if changed:
+            remedy = "give the settings it began with, or choose another --out"
+            problems = [Problem(f"{folder.path}: {key}", f"was {old!r}, now {new!r}", remedy) for key, old, new in changed]
+            raise InputError(problems)
+        return
+    write_atomically(folder.recipe_toml, recipe_text.encode())
+    write_atomically(folder.recipe_json, resolved.encode())
+    names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    folder.update_manifest(
+        kedge=__version__,
+        name=recipe.name,
+        seed=recipe.seed,
+        world=recipe.world,
+        versions={"python": platform.python_version(), **{name: version(name) for name in names}},
+        stages={},
+        channels=list(channel_names(("score",))),
+        gamma=recipe.policy.gamma,
+        lam=recipe.policy.lam,
+        critic=recipe.policy.critic,
+        score_unit="standard deviations of the reward model's score over the reference's answers",
+    )
+
+
+def _start_from(source: RunDir, folder: RunDir) -> None:
+    """Copy the models that PPO starts from, with the metrics of the stages that made them."""
+    done = dict(folder.read_manifest()["stages"])
+    if "reward" in done:
+        return
+    folder.drop_stages("sft", "reward")
+    for name in ("sft", "reward"):
+        shutil.copytree(source.models / name, folder.models / name, dirs_exist_ok=True)
+    for line in read_json_lines(source.metrics):
+        if line["stage"] in ("sft", "reward"):
+            append_json(folder.metrics, line)
+    folder.update_manifest(stages={**done, "sft": "done", "reward": "done"}, started_from=source.path.name)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for key in now:
+        name = f"{prefix}{key}"
+        if isinstance(now[key], dict):
+            yield from _differences(before.get(key, {}), now[key], f"{name}.")
+        elif before.get(key) != now[key]:
+            yield name, before.get(key), now[key]
+
+
+@contextmanager
+def _status(context: Context) -> Iterator[None]:
+    """Keep the manifest's status true whatever happens."""
+    folder = context.run
+    folder.update_manifest(status="running")
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        folder.update_manifest(status="interrupted")
+        append_json(folder.events, {"stage": "run", "step": 0, "event": "interrupted", "message": str(error)})
+        raise
+    except DivergenceError as error:
+        folder.update_manifest(status="failed")
+        append_json(folder.events, {"stage": "run", "step": 0, "event": "diverged", "message": str(error)})
+        raise
+    except Exception:
+        folder.update_manifest(status="failed")
+        raise
+    done = folder.read_manifest()["stages"]
+    folder.update_manifest(status="finished" if "policy" in done else "running")
+
+
+def _carry_out(context: Context, stage: str) -> None:
+    """One stage, unless it is done; then mark it done."""
+    folder = context.run
+    done = dict(folder.read_manifest()["stages"])
+    if stage == "evaluate":
+        from kedge.report.html import write_report
+
+        write_report(folder.path)
+        return
+    if done.get(stage) == "done":
+        return
+    work, needs = _STAGES[stage]
+    for needed in needs:
+        if not (folder.models / needed).is_dir():
+            remedy = f"run `kedge {needed}` on this recipe with the same --out first"
+            raise InputError(Problem(str(folder.models / needed), f"stage {stage} needs this model", remedy))
+    if stage != "policy":
+        folder.drop_stages(stage)
+    work(context)
+    folder.update_manifest(stages={**done, stage: "done"})
+
+
+_STAGES: dict[str, tuple[Callable[[Context], None], tuple[str, ...]]] = {
+    "sft": (supervised, ()),
+    "reward": (rewarded, ("sft",)),
+    "policy": (optimised, ("sft", "reward")),
+}

@@ -1,0 +1,42 @@
+"""What a run came to, in figures and in lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kedge.trace.jsonl import read_json_lines
+from kedge.trace.run_dir import RunDir
+
+_FIGURES = {
+    "proxy": "evaluation/score",
+    "kl_per_sequence": "evaluation/kl_per_sequence",
+    "length": "evaluation/length",
+}
+
+
+def summary(folder: RunDir, stages: Sequence[str]) -> dict[str, Any]:
+    """Figures on the fixed evaluation set as `[reference, at the highest gold, final]`, and where the report is.
+
+    Without a world that knows the gold utility the middle entry is at the highest score.
+    """
+    result: dict[str, Any] = {"run_dir": str(folder.path)}
+    evaluations = [line for line in read_json_lines(folder.metrics) if line["stage"] == "evaluation"]
+    if "policy" in stages and evaluations:
+        result |= figures(folder, evaluations)
+    if "evaluate" in stages:
+        result["report"] = str(folder.report)
+    return result
+
+
+def figures(folder: RunDir, evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each figure at the reference (step 0), at the best evaluation and at the last."""
+    truth = {line["step"]: line for line in read_json_lines(folder.truth)}
+    worth = {line["step"]: truth.get(line["step"], {}).get("gold", line["evaluation/score"]) for line in evaluations}
+    best = max(worth, key=lambda step: worth[step])
+    by_step = {line["step"]: line for line in evaluations}
+    chosen = [min(by_step), best, max(by_step)]
+    found = {name: [by_step[step][metric] for step in chosen] for name, metric in _FIGURES.items()}
+    if truth:
+        found["gold"] = [truth[step]["gold"] for step in chosen]
+    return found
