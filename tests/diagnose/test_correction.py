@@ -105,6 +105,14 @@ def test_margins_by_hand(tmp_path: Path) -> None:
     assert sum(one.net * one.prompts for one in terciles) / 16 == pytest.approx(last.net)
 
 
+def test_an_answer_the_policy_left_earns_no_margin_from_kl(tmp_path: Path) -> None:
+    """KL 10 nats below the brief answer's: the pull back to the reference is not counted as pay."""
+    world = replace(DRIFT, kl_margin=-10.0, beta=0.3, penalty=0.06, last_ratio=0.7)
+    last = margins(read_run(make_run(tmp_path, world)))[-1]
+    assert last.kl == pytest.approx(-10, abs=0.2) and last.kl_cost == 0
+    assert last.net == pytest.approx(0, abs=1e-5)
+
+
 def pairs(score: list[float], kl: list[float], length: float = 10.0) -> Pairs:
     size = len(score)
     return Pairs(0, 0.05, 0.0, np.array(score), np.array(kl), np.full(size, length), np.zeros(size, int))

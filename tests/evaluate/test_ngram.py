@@ -89,6 +89,17 @@ def test_counts_only_tokens_from_the_first_position_on():
     assert model.nats_per_token([[0, 1, 2, 3], [2, 2, 1]], first=[2, 1]) == pytest.approx(expected, rel=1e-12)
 
 
+def test_learns_only_from_the_first_position_on():
+    """Of [0, 1, 2, 3] from 2 on, only (0 1) -> 2 and (1 2) -> 3 are counted: the prompt is context."""
+    model = Trigram.fit([[0, 1, 2, 3], [4, 2, 3]], VOCAB, first=[2, 2])
+    oracle = BruteForce([], VOCAB)
+    oracle.counts.update([(0, 1, 2), (1, 2, 3), (4, 2, 3)])
+    oracle.bigrams = {(1, 2): 1, (2, 3): 2}
+    oracle.unigrams.update([2, 3])
+    oracle.discounts = [oracle.discount(table.values()) for table in (oracle.unigrams, oracle.bigrams, oracle.counts)]
+    assert model.nats_per_token([[0, 1, 2, 3]]) == pytest.approx(np.mean(oracle.nats([0, 1, 2, 3])), rel=1e-12)
+
+
 def test_refuses_what_it_cannot_count():
     with pytest.raises(ValueError, match="at least one token"):
         Trigram.fit([[], []], 5)

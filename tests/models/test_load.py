@@ -157,6 +157,21 @@ def test_a_save_that_fails_leaves_the_old_folder_alone(policy, tokenizer, folder
     assert [path.name for path in folder.parent.iterdir()] == ["policy"]
 
 
+def test_a_folder_that_cannot_be_replaced_is_put_back(policy, tokenizer, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace = Path.replace
+
+    def fail_on_the_new_one(self, target):
+        if ".partial-" in self.name:
+            raise PermissionError(13, "Permission denied")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_on_the_new_one)
+    assert "Permission denied" in refused(lambda path: save_model(policy, tokenizer, path), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["policy"]
+
+
 def test_a_place_that_cannot_be_written_is_refused(policy, tokenizer, tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "policy"):

@@ -92,10 +92,10 @@ class Style(StrEnum):
 
 KIND_SHARES = {Kind.LOOKUP: 0.5, Kind.YES_NO: 0.24, Kind.UNKNOWN: 0.14, Kind.PRIVATE: 0.12}
 STYLE_SHARES = {
-    Kind.LOOKUP: (0.27, 0.43, 0.18, 0.12),
-    Kind.YES_NO: (0.55, 0.25, 0.12, 0.08),
-    Kind.UNKNOWN: (0.40, 0.30, 0.15, 0.15),
-    Kind.PRIVATE: (0.40, 0.30, 0.15, 0.15),
+    Kind.LOOKUP: (0.22, 0.45, 0.22, 0.11),
+    Kind.YES_NO: (0.70, 0.20, 0.05, 0.05),
+    Kind.UNKNOWN: (0.36, 0.32, 0.20, 0.12),
+    Kind.PRIVATE: (0.36, 0.32, 0.20, 0.12),
 }
 WRONG_SHARE = 0.08  # demonstrations that state another value of the same kind
 CERTAIN_SHARE = 0.25  # demonstrations of a value that sound certain

@@ -130,7 +130,7 @@ def _evidence(lengths: _Lengths, late: list[Margin], paying_late: bool, rising: 
         Evidence("length over reference", lengths.late, "1", f"{lengths.source}, late; drift above {LENGTH_RATIO}"),
         Evidence("score margin", mean("score"), "normalised score", f"verbose minus brief, same prompt, {span}"),
         Evidence("KL margin", mean("kl"), "nats", f"verbose minus brief, {span}"),
-        Evidence("KL cost", mean("kl_cost"), "reward", f"beta {late[-1].beta:.3g} times the KL margin"),
+        Evidence("KL cost", mean("kl_cost"), "reward", f"beta {late[-1].beta:.3g} times the KL margin, where above 0"),
         Evidence("length cost", mean("length_cost"), "reward", "length penalty times the length margin"),
         Evidence("net margin", mean("net"), "reward", f"{'above' if paying_late else 'not clearly above'} 0, {span}"),
         Evidence("net margin, lower end", mean("low"), "reward", "95% interval, prompts resampled"),
@@ -191,13 +191,13 @@ def score_slope(pairs: list[Pairs]) -> float:
 
 
 def balancing_beta(pairs: list[Pairs]) -> float:
-    """The beta at which the median over prompts of score margin - beta * KL margin reaches 0, by bisection.
+    """The beta at which the median over prompts of score margin - beta * max(KL margin, 0) reaches 0, by bisection.
 
     0 when the median is not above 0 without any KL; infinite when it is above 0 even at `_BETA_SEARCH`, because the
     verbose answer costs hardly any KL on half of the prompts.
     """
     score = np.concatenate([one.score for one in pairs])
-    kl = np.concatenate([one.kl for one in pairs])
+    kl = np.maximum(np.concatenate([one.kl for one in pairs]), 0.0)
 
     def pays(beta: float) -> bool:
         return bool(np.median(score - beta * kl) > 0)
@@ -216,8 +216,8 @@ def balancing_beta(pairs: list[Pairs]) -> float:
 def _beta_words(old: float, new: float, balance: float) -> str:
     if math.isinf(balance):
         return (
-            f"On half of the prompts the verbose answer costs no more KL than the brief one, so no beta balances it; "
-            f"beta goes from {old:.3g} to {new:.3g} reward per nat, fixed."
+            f"Beta goes from {old:.3g} to {new:.3g} reward per nat, fixed and capped at {BETA_CAP:g}: on half of the "
+            f"prompts the verbose answer costs no more KL than the brief one, so KL alone would not hold it back."
         )
     if new >= balance * 0.99:
         return (

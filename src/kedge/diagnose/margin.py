@@ -1,8 +1,11 @@
 """The matched net margin: on the same prompt, does the reward still pay for the verbose answer?
 
-Reference sheet of the idea: the policy keeps moving towards the verbose answer exactly while
-score margin - beta * KL margin - length penalty * length margin is above 0 (verbose minus brief, on-policy). Means over
-different prompts do not show this: easy prompts have both brief answers and high advantages.
+Net margin = score margin - beta * max(KL margin, 0) - length penalty * length margin, verbose minus brief. On its own
+answers a policy moves towards the verbose one while this is above 0. Means over different prompts do not show it: easy
+prompts have both brief answers and high advantages.
+
+KL counts only where it costs. The probe answers are fixed texts; one that the policy has moved away from has a negative
+log-ratio, more so the longer it is. The KL term then pulls back to the reference, which is no pressure to drift.
 """
 
 from __future__ import annotations
@@ -41,7 +44,12 @@ class Pairs:
     @property
     def untaxed(self) -> Array:
         """[N] the same without the length penalty."""
-        return np.asarray(self.score - self.beta * self.kl)
+        return np.asarray(self.score - self.kl_cost)
+
+    @property
+    def kl_cost(self) -> Array:
+        """[N] reward that KL takes from the verbose answer beyond what it takes from the brief one."""
+        return np.asarray(self.beta * np.maximum(self.kl, 0.0))
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,9 @@ class Margin:
     prompts: int
     beta: float  # reward per nat
     score: float  # normalised score
-    kl: float  # nats
+    kl: float  # nats, of either sign
     length: float  # tokens
-    kl_cost: float  # reward: beta * kl
+    kl_cost: float  # reward: mean of beta * max(kl, 0)
     length_cost: float  # reward: penalty * length
     net: float  # reward
     low: float  # reward
@@ -100,7 +108,7 @@ def _penalty(weight: tuple[Array, Array] | None, step: int) -> float:
     if weight is None or not len(weight[0]):
         return 0.0
     steps, values = weight
-    return float(-values[np.argmin(np.abs(steps - step))])
+    return float(-values[np.argmin(np.abs(steps - step))]) + 0.0  # no negative zero
 
 
 def margin(pairs: Pairs, tercile: int | None = None, *, seed: int = 0) -> Margin | None:
@@ -118,7 +126,7 @@ def margin(pairs: Pairs, tercile: int | None = None, *, seed: int = 0) -> Margin
         score=float(pairs.score[here].mean()),
         kl=kl,
         length=length,
-        kl_cost=pairs.beta * kl,
+        kl_cost=float(pairs.kl_cost[here].mean()),
         length_cost=pairs.penalty * length,
         net=float(net.mean()),
         low=low,

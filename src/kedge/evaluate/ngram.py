@@ -56,13 +56,19 @@ class Trigram:
     orders: tuple[_Order, _Order, _Order]  # unigrams, bigrams, trigrams
 
     @classmethod
-    def fit(cls, sequences: Iterable[Sequence[int]], vocab: int) -> Trigram:
-        """Count all tokens of `sequences`, ids in [0, vocab). Raises `ValueError` if there are none."""
-        first, second, token, _ = _grams(sequences, vocab)
-        if not len(token):
+    def fit(cls, sequences: Iterable[Sequence[int]], vocab: int, first: Sequence[int] | None = None) -> Trigram:
+        """Count the tokens of `sequences`, ids in [0, vocab), from position `first[i]` on, or all.
+
+        A fair yardstick learns from the tokens that the neural model learns from: `first` leaves out the prompts,
+        which in dialogues repeat the responses of other rows. Raises `ValueError` if no token is left.
+        """
+        before, last, token, position = _grams(sequences, vocab, first)
+        counted = position >= 0
+        if not counted.any():
             raise ValueError("a trigram model needs at least one token")
+        before, last, token = before[counted], last[counted], token[counted]
         base = vocab + 1
-        trigrams, counts = np.unique((first * base + second) * base + token, return_counts=True)
+        trigrams, counts = np.unique((before * base + last) * base + token, return_counts=True)
         bigrams, before_bigram = np.unique(trigrams % base**2, return_counts=True)
         unigrams, before_unigram = np.unique(bigrams % base, return_counts=True)
         levels = ((unigrams, before_unigram), (bigrams, before_bigram), (trigrams, counts))

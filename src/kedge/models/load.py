@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +27,10 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from kedge.errors import InputError, Problem
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+from kedge.models.folder import check_folder, check_tokenizer_files, is_local
 
 
 def scratch_policy(
@@ -95,10 +90,10 @@ def load_policy(path: str | Path, *, trust_remote_code: bool = False) -> tuple[A
     its unknown or opening token for it, else EOS: masks, not ids, tell padding from text. Raises `InputError` for
     whatever is missing, damaged, unsafe or not a language model.
     """
-    local = _is_local(path)
+    local = is_local(path)
     if local:
-        _check_folder(Path(path), trust_remote_code)
-        _check_tokenizer_files(Path(path))
+        check_folder(Path(path), trust_remote_code)
+        check_tokenizer_files(Path(path))
     options = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     tokenizer = _attempt(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(str(path), **options))
     model = _load(AutoModelForCausalLM, path, options)
@@ -112,9 +107,9 @@ def load_reward_model(path: str | Path) -> Any:
     Its logit is the raw score; `kedge.models.heads.normalised_score` applies the normalisation kept in its config.
     Raises `InputError` as `load_policy` does, and for a model without a one-label score head.
     """
-    local = _is_local(path)
+    local = is_local(path)
     if local:
-        _check_folder(Path(path), trust_remote_code=False)
+        check_folder(Path(path), trust_remote_code=False)
     options = {"trust_remote_code": False, "local_files_only": local}
     model = _load(AutoModelForSequenceClassification, path, {**options, "num_labels": 1})
     _score_head(model, str(path))
@@ -124,7 +119,8 @@ def load_reward_model(path: str | Path) -> Any:
 def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Write an ordinary Hugging Face folder, safetensors only; `path` appears complete or not at all.
 
-    A folder that is already there is replaced. Raises `InputError` if the place cannot be written.
+    A folder that is already there is replaced, and kept if the new one cannot be put in its place. Raises `InputError`
+    if that place cannot be written.
     """
     path = Path(path)
     partial, old = (path.with_name(f".{path.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
@@ -139,6 +135,8 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
             path.replace(old)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
+        if old.exists() and not path.exists():
+            old.replace(path)
         what = f"the model cannot be written: {getattr(error, 'strerror', None) or error}"
         raise InputError(Problem(str(path), what, "choose a folder with space that you may write to")) from error
     finally:
@@ -198,44 +196,6 @@ def _score_head(model: Any, where: str) -> nn.Linear:
         what = f"{type(model).__name__} has no one-label `score` head"
         raise InputError(Problem(where, what, "use a decoder-only family such as Llama, Qwen or GPT-2"))
     return head
-
-
-def _is_local(path: str | Path) -> bool:
-    """Whether `path` is a folder; false for what may be a Hub name. Raises `InputError` for a path to nothing."""
-    if Path(path).is_dir():
-        return True
-    if isinstance(path, str) and re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path) and not Path(path).exists():
-        return False
-    what = "not a folder" if Path(path).exists() else "there is no such folder"
-    raise InputError(Problem(str(path), what, "name a Hugging Face model folder, or use model.init = 'scratch'"))
-
-
-def _check_folder(folder: Path, trust_remote_code: bool) -> None:
-    """Raise `InputError` unless the folder holds a configuration of a known family and safetensors weights."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        remedy = "name the folder that `save_pretrained` wrote"
-        raise InputError(Problem(str(folder), "no config.json in it", remedy)) from None
-    except (OSError, ValueError) as error:
-        raise InputError(Problem(str(folder / "config.json"), f"not readable: {error}", "copy it again")) from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in CONFIG_MAPPING and not trust_remote_code:
-        if isinstance(config, dict) and config.get("auto_map"):
-            what, remedy = "it runs Python code of its own", "read that code, then --set model.trust_remote_code=true"
-        else:
-            what, remedy = f"the model family {family!r} is unknown", "use a family that transformers knows"
-        raise InputError(Problem(str(folder / "config.json"), what, remedy))
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-        what = f"its weights are pickles ({pickles[0]}), which can run code" if pickles else "no weights in it"
-        remedy = "convert them to safetensors where you trust them" if pickles else "copy model.safetensors into it"
-        raise InputError(Problem(str(folder), what, remedy))
-
-
-def _check_tokenizer_files(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(Problem(str(folder), "no tokenizer in it", "add tokenizer.json: tokenizer.save_pretrained"))
 
 
 def _load(kind: Any, path: str | Path, options: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from kedge.data.records import Demonstration, Loaded, Preference, Prompt
 from kedge.data.task import Task
-from kedge.data.tokenise import encode_prompt, encode_response, within_context
+from kedge.data.tokenise import decode, encode_prompt, encode_response, within_context
 from kedge.errors import InputError, Problem
 from kedge.progress import Interrupt, Progress
 from kedge.recipe import Recipe
@@ -103,9 +103,8 @@ class Context:
     def text(self, rollouts: Rollouts) -> list[str]:
         """Responses as text, special tokens left out."""
         rows = [ids[mask].tolist() for ids, mask in zip(rollouts.response_ids, rollouts.response_mask, strict=True)]
-        decoded: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return decoded
+        return [decode(self.tokenizer, row) for row in rows]
 
     def pieces(self, ids: torch.Tensor) -> list[str]:
         """Each token as text of its own, for display."""
-        return [self.tokenizer.decode([token]) for token in ids.tolist()]
+        return [self.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids.tolist()]

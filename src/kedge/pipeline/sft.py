@@ -83,7 +83,7 @@ def _held_out(context: Context, model: Any, shown: Rollouts) -> dict[str, float]
     """Perplexity per response token beside that of a 3-gram model fitted to the same demonstrations."""
     held_out = context.encode_demonstrations(context.task.held_out)
     loss, _ = heldout_loss(model, held_out)
-    trigram = Trigram.fit(_sequences(shown), len(context.tokenizer))
+    trigram = Trigram.fit(_sequences(shown), len(context.tokenizer), _starts(shown))
     baseline = trigram.nats_per_token(_sequences(held_out), _starts(held_out))
     return {
         "heldout/loss": loss,

@@ -66,7 +66,7 @@ def _from_files(recipe: Recipe) -> Task:
         evaluation=evaluation,
         preferences=preferences,
         text=_pieces(data.text) if data.text is not None else (),
-        make_tokenizer=lambda: train_tokenizer(_texts(shown.rows), vocab=recipe.model.vocab),
+        make_tokenizer=lambda: train_tokenizer(_seen_texts(recipe, shown, preferences), vocab=recipe.model.vocab),
     )
 
 
@@ -86,8 +86,15 @@ def _first(prompts: Loaded[Prompt], count: int) -> Loaded[Prompt]:
     return Loaded(prompts.rows[:count], prompts.lines[:count], (), min(count, prompts.total))
 
 
-def _texts(demonstrations: tuple[Demonstration, ...]) -> list[str]:
-    return [text for row in demonstrations for text in (*_contents(row.prompt), row.response)]
+def _seen_texts(
+    recipe: Recipe, shown: Loaded[Demonstration], preferences: Loaded[Preference] | None
+) -> list[str]:
+    """What a tokenizer may learn from: every text that training sees, none that only measures."""
+    texts = [text for row in shown.rows for text in (*_contents(row.prompt), row.response)]
+    for pair in preferences.rows if preferences is not None else ():
+        if not is_held_out(pair.prompt, recipe.reward.holdout):
+            texts += [*_contents(pair.prompt), pair.chosen, pair.rejected]
+    return texts
 
 
 def _contents(prompt: Prompt) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def _gold_line(view: View) -> str:
     if best is None:
         return "Gold utility: nobody knows it for this run."
     first, top, last = view.first("gold"), view.at("gold", best), view.last("gold")
-    peak = f"best {signed(top)} after {best} updates"
+    peak = f"best {signed(top)} {_when(best)}"
     return f"Gold utility (never shown to training): {signed(first)} → {peak} → {signed(last)}."
 
 
@@ -119,8 +119,11 @@ def _kl_sentence(view: View) -> str:
     known = [value for value in terciles if value is not None]
     if len(known) < 3:
         return text + "."
+    listed = " / ".join(plain(value, 2) for value in known)
+    if max(known) - min(known) < 0.1 * max(known):
+        return f"{text}, about the same in every tercile of the reference's length ({listed})."
     most = ("briefest", "of middle length", "longest")[known.index(max(known))]
-    return f"{text}, most where the reference is {most} ({' / '.join(plain(value, 2) for value in known)} by tercile)."
+    return f"{text}, most where the reference is {most} ({listed} by tercile)."
 
 
 def _gold_sentence(view: View) -> str:
@@ -135,9 +138,13 @@ def _gold_sentence(view: View) -> str:
     rising = score is not None and risen is not None and score > risen
     while_rising = " while the score went on rising" if rising else ""
     return (
-        f"Gold utility, which training never saw, was best after {best} updates ({signed(top)}) and ended at "
+        f"Gold utility, which training never saw, was best {_when(best)} ({signed(top)}) and ended at "
         f"{signed(last)}, {fixed(top - last)} lower{while_rising}."
     )
+
+
+def _when(step: int) -> str:
+    return f"after {step} updates" if step else "before the first update"
 
 
 def what_accounts(view: View) -> str:
@@ -158,17 +165,16 @@ def _margin_sentence(late: Margin) -> str:
     length = f" and the length penalty {plain(late.length_cost, 2)}" if late.length_cost else ""
     return (
         f"After {late.step} updates, on the same {late.prompts} prompts, the verbose answer scores "
-        f"{signed(late.score)} against the brief one, while its {signed(late.kl, 1)} nats of extra KL cost "
-        f"{plain(late.kl_cost, 2)} reward at beta {plain(late.beta)}{length}: net {signed(late.net)} reward (95% "
+        f"{signed(late.score)} against the brief one; of that KL takes {plain(late.kl_cost, 2)} reward "
+        f"({signed(late.kl, 1)} nats on average, beta {plain(late.beta)}){length}: net {signed(late.net)} reward (95% "
         f"interval {signed(late.low)} to {signed(late.high)}), above 0 on {percent(late.share_positive)} of prompts."
     )
 
 
 def _share_sentence(late: Margin) -> str:
-    taken = late.kl_cost + late.length_cost
     if late.net <= 0:
         return "The score accounts for the pull towards long answers; by now the penalties take all of it back."
-    share = percent(taken / late.score) if late.score > 0 and taken > 0 else "none"
+    share = percent((late.kl_cost + late.length_cost) / late.score)
     return f"The score accounts for the pull towards long answers; the penalties take back {share} of it."
 
 
