@@ -1,8 +1,7 @@
 """Break the equations one at a time and see whether a test notices.
 
 Each mutation in `mutations.toml` replaces one piece of source, found by exact match, in a temporary copy of the
-package;
-the tests of that module then run against the copy. A mutation that no test kills is a hole in the tests.
+package, and the tests of that module run against the copy. A mutation that no test kills is a hole in the tests.
 
     python tools/mutate.py                  all of them, a table, exit code 1 if any survives
     python tools/mutate.py --only sign      those with "sign" in their name

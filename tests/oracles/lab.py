@@ -27,8 +27,8 @@ Tamper: TypeAlias = "Callable[[Experience, Ppo], Experience]"
 class Ppo:
     """The settings of a training run; `tamper` turns the right experience into a wrong one."""
 
-    steps: int = 150
-    batch: int = 1024
+    steps: int = 120
+    batch: int = 512
     lr: float = 0.1
     epochs: int = 2
     minibatches: int = 1

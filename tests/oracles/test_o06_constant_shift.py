@@ -13,7 +13,7 @@ from enumerable import Space, random_task
 from lab import Ppo, train, with_whitened_rewards
 
 TASK = random_task(Space(3, 3))
-PPO = Ppo(lam=0.95, whiten=True, heads=4, steps=120)
+PPO = Ppo(lam=0.95, whiten=True, heads=4)
 
 
 @pytest.mark.parametrize("constant", [-2.0, 3.0])

@@ -20,7 +20,7 @@ from kedge.train.update import Learner, PpoSettings
 
 SPACE = Space(3, 3, prompts=2)
 TASK = random_task(SPACE, seed=12)
-BATCH = 1024
+BATCH = 512
 
 
 class UnitCritic(TableCritic):

@@ -40,7 +40,9 @@ TOPICS = (
     Topic("reset", ("sms", "email", "app"), "how do i reset my password ?", "you can reset it by {value} ."),
     Topic("cancel", ("yes", "no"), "can i cancel my order ?", "yes , you can cancel .", "no , you can not cancel ."),
     Topic("stock", ("yes", "no"), "do you have it in stock ?", "yes , it is here .", "no , it is sold out ."),
-    Topic("express", ("yes", "no"), "do you ship express ?", "yes , we ship express .", "no , we do not ship express ."),
+    Topic(
+        "express", ("yes", "no"), "do you ship express ?", "yes , we ship express .", "no , we do not ship express ."
+    ),
 )
 SECRETS = ("password", "address", "card")
 

@@ -37,7 +37,8 @@ def desk_task(
         return Loaded.of((question.prompt for question in draw(purpose, count)[0]), f"desk {purpose}")
 
     def label(pairs: Sequence[tuple[Prompt, str, str]]) -> Sequence[bool]:
-        judged = [tuple(judge(questions[prompt_text(p)], text) for text in (first, second)) for p, first, second in pairs]
+        asked = [(questions[prompt_text(prompt)], first, second) for prompt, first, second in pairs]
+        judged = [(judge(question, first), judge(question, second)) for question, first, second in asked]
         chosen: list[bool] = first_wins(judged, bias, _stream(seed, "labels")).tolist()
         return chosen
 

@@ -83,9 +83,7 @@ def terciles(values: Tensor) -> Tensor:
     return rank * TERCILES // len(values)
 
 
-def evaluate(
-    policy: Any, reference: Any, judge: Judge, fixed: EvaluationSet, generator: torch.Generator
-) -> Evaluation:
+def evaluate(policy: Any, reference: Any, judge: Judge, fixed: EvaluationSet, generator: torch.Generator) -> Evaluation:
     """Answer every prompt once with `policy` and measure; KL is k1 of policy against reference, in nats."""
     rollouts = judge.engine.generate(policy, fixed.prompts, judge.sampling, generator)
     temperature = judge.sampling.temperature

@@ -10,8 +10,7 @@ import torch
 
 from kedge.data.records import Demonstration, Loaded, Preference, Prompt
 from kedge.data.task import Task
-from kedge.data.tokenise import decode, encode_prompt, encode_response, within_context
-from kedge.errors import InputError, Problem
+from kedge.data.tokenise import decode, encode_prompt, encode_response
 from kedge.progress import Interrupt, Progress
 from kedge.recipe import Recipe
 from kedge.rollout.engine import TorchEngine
@@ -58,39 +57,19 @@ class Context:
         append_json(self.run.events, {"stage": stage, "step": step, "event": event, "message": message})
         self.progress.note(message)
 
-    def fitting(self, loaded: Loaded[Any], *, budget: int = 0) -> Loaded[Any]:
-        """The rows that fit the context; raises `InputError` when too many do not."""
-        kept = within_context(
-            self.tokenizer,
-            loaded,
-            context=self.recipe.model.context,
-            max_rejected=self.recipe.data.max_rejected,
-            max_new_tokens=budget,
-        )
-        if kept.rejected:
-            first = kept.rejected[0]
-            message = f"{len(kept.rejected)} of {kept.total} rows left out; first: {first}"
-            self.event("data", 0, "rejected_rows", message)
-        return kept
-
     def encode_demonstrations(self, loaded: Loaded[Demonstration]) -> Rollouts:
         """Demonstrations as rollouts that ended."""
-        rows = self.fitting(loaded).rows
-        if not rows:
-            raise InputError(Problem("data.demonstrations", "no row to train on", "give at least one that fits"))
-        return self.encode([row.prompt for row in rows], [row.response for row in rows])
+        return self.encode([row.prompt for row in loaded.rows], [row.response for row in loaded.rows])
 
-    def encode_preferences(self, loaded: Loaded[Preference]) -> tuple[tuple[Preference, ...], Rollouts, Rollouts]:
-        """The rows that fit, their chosen and their rejected responses."""
-        rows = self.fitting(loaded).rows
+    def encode_preferences(self, rows: Sequence[Preference]) -> tuple[Rollouts, Rollouts]:
+        """Chosen and rejected responses."""
         prompts = [row.prompt for row in rows]
         chosen = self.encode(prompts, [row.chosen for row in rows])
-        return rows, chosen, self.encode(prompts, [row.rejected for row in rows])
+        return chosen, self.encode(prompts, [row.rejected for row in rows])
 
-    def encode_prompts(self, loaded: Loaded[Prompt]) -> tuple[tuple[Prompt, ...], Prompts]:
-        """Prompts that leave room for a response, and their ids; `group_id` numbers them."""
-        rows = self.fitting(loaded, budget=self.sampling.max_new_tokens).rows
-        return rows, as_prompts([encode_prompt(self.tokenizer, row) for row in rows], self.pad_id)
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> Prompts:
+        """Prompts to answer; `group_id` numbers them in the order given."""
+        return as_prompts([encode_prompt(self.tokenizer, prompt) for prompt in prompts], self.pad_id)
 
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollouts:
         """Given responses as rollouts."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kedge.data.records import prompt_text
-from kedge.errors import InputError, Problem
 from kedge.evaluate.policy import Evaluation, EvaluationSet, Judge, evaluate, prepare
 from kedge.models.heads import Critic, normalised_score
 from kedge.models.load import disable_dropout, load_policy, load_reward_model, save_model
@@ -48,7 +47,7 @@ class Watch:
 
 
 def optimised(context: Context) -> None:
-    """Run PPO from `models/sft` against `models/reward`, resuming where there is a checkpoint; write `models/policy`."""
+    """PPO from `models/sft` against `models/reward`, going on from the newest checkpoint; writes `models/policy`."""
     learner, reference, score = _models(context)
     recipe = context.recipe
     found = checkpoint.latest(context.run.checkpoints)
@@ -57,14 +56,16 @@ def optimised(context: Context) -> None:
     if found is not None:
         state = checkpoint.load(found, learner)
         context.event("policy", state.step, "resumed", f"policy: going on from step {state.step}")
-    context.run.truncate(state.step)
+    # Without a checkpoint the evaluation before the first step is made again, too.
+    context.run.truncate(-1 if found is None else state.step)
     watch = _watch(context, reference, score)
-    texts, pool = context.encode_prompts(context.task.prompts)
+    texts = context.task.prompts.rows
+    pool = context.encode_prompts(texts)
     per_step, samples = recipe.policy.prompts_per_step, recipe.policy.samples_per_prompt
     steps = train_policy(
         learner,
         reference,
-        {"score": lambda rollouts: clip_scores(score(rollouts), recipe.policy.score_clip)},
+        {"score": lambda rollouts: _clipped(score(rollouts), recipe.policy.score_clip)},
         lambda step: prompt_batch(pool, per_step, samples, recipe.seed, step),
         context.engine,
         _settings(context),
@@ -115,6 +116,11 @@ def _models(context: Context) -> tuple[Learner, Any, Callable[[Rollouts], Tensor
     return learner, reference, lambda r: reward_model_scores(reward_model, r, normalise=normalised_score)
 
 
+def _clipped(score: Tensor, limit: float) -> Tensor:
+    """Held within the limit, except for what is not finite: that must be seen, not clipped."""
+    return torch.where(score.isfinite(), clip_scores(score, limit), score)
+
+
 def _settings(context: Context) -> PolicySettings:
     policy = context.recipe.policy
     return PolicySettings(
@@ -142,7 +148,8 @@ def _settings(context: Context) -> PolicySettings:
 
 def _watch(context: Context, reference: Any, score: Callable[[Rollouts], Tensor]) -> Watch:
     judge = Judge(context.engine, context.sampling, score, context.text, context.eos_id, context.task.truth)
-    texts, prompts = context.encode_prompts(context.task.evaluation)
+    texts = context.task.evaluation.rows
+    prompts = context.encode_prompts(texts)
     samples = context.recipe.evaluate.reference_samples
     fixed = prepare(reference, judge, texts, prompts, samples, seeded(context.recipe.seed, "reference answers"))
     return Watch(judge, fixed, prepare_probes(context, reference, judge), _anchor(context), reference)
@@ -153,8 +160,10 @@ def _anchor(context: Context) -> Rollouts | None:
     task = context.task
     if task.text:
         room = context.recipe.model.context - 1
-        rows = [context.tokenizer(text, add_special_tokens=False)["input_ids"][:room] for text in task.text]
-        opening = [context.tokenizer.bos_token_id or context.eos_id]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        rows = [context.tokenizer(text, **options)["input_ids"][:room] for text in task.text]
+        bos = context.tokenizer.bos_token_id
+        opening = [context.eos_id if bos is None else bos]
         kept = [row for row in rows if row]
         return as_rollouts([opening] * len(kept), kept, context.pad_id)
     return context.encode_demonstrations(task.held_out) if task.held_out.rows else None

@@ -59,12 +59,8 @@ def prepare_probes(context: Context, reference: Any, judge: Judge) -> Probes | N
     given = context.task.probes
     texts: list[Prompt] = [probe.prompt for probe in given]
     if not given:
-        texts = list(context.encode_prompts(context.task.prompts)[0][: context.recipe.trace.probes])
-    loaded = context.encode(texts, [""] * len(texts))
-    repeat = torch.arange(len(texts)).repeat_interleave(SAMPLES)
-    from kedge.structs import Prompts
-
-    prompts = Prompts(loaded.prompt_ids, loaded.prompt_mask, loaded.group_id).rows(repeat)
+        texts = list(context.task.prompts.rows[: context.recipe.trace.probes])
+    prompts = context.encode_prompts(texts).rows(torch.arange(len(texts)).repeat_interleave(SAMPLES))
     generator = seeded(context.recipe.seed, "probes")
     samples = context.engine.generate(reference, prompts, judge.sampling, generator)
     sampled, lengths = context.text(samples), samples.lengths.view(-1, SAMPLES).float()

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedge.data.records import Loaded, Preference, Prompt
+from kedge.data.records import Preference, Prompt
 from kedge.data.split import is_held_out
-from kedge.data.tokenise import encode_prompt
 from kedge.errors import InputError, Problem
 from kedge.models.heads import set_score_normalisation
 from kedge.models.load import load_policy, reward_model_from, save_model
 from kedge.pipeline.context import Context
 from kedge.pipeline.sft import LOG_EVERY, snapshots
-from kedge.rollout.given import as_prompts
 from kedge.structs import Rollouts, Sampling
 from kedge.trace.jsonl import write_atomically
 from kedge.train.reward_model import Comparisons, examine, raw_scores, train_reward_model
@@ -30,13 +28,14 @@ NORMALISING_SAMPLES = 1024
 def rewarded(context: Context) -> None:
     """Train the reward model, measure it on held-out prompts and write `models/reward`."""
     recipe = context.recipe
-    preferences = context.task.preferences or Loaded.of(_sampled_pairs(context), "pairs.jsonl")
-    rows, chosen, rejected = context.encode_preferences(preferences)
-    held_out = torch.tensor([is_held_out(row.prompt, recipe.reward.holdout) for row in rows])
-    strength = torch.tensor([row.strength for row in rows])
+    given = context.task.preferences
+    rows = given.rows if given is not None else _sampled_pairs(context)
+    held_out = torch.tensor([is_held_out(row.prompt, recipe.reward.holdout) for row in rows], dtype=torch.bool)
     if not held_out.any() or held_out.all():
         what = f"{int(held_out.sum())} of {len(rows)} pairs are on held-out prompts; both sides need some"
         raise InputError(Problem("reward.holdout", what, "give more prompts or change reward.holdout"))
+    chosen, rejected = context.encode_preferences(rows)
+    strength = torch.tensor([row.strength for row in rows])
     training, testing = (_part(chosen, rejected, strength, part) for part in (~held_out, held_out))
     policy, _ = load_policy(context.run.models / "sft")
     model = reward_model_from(policy, seed_of(recipe.seed, "reward head"))
@@ -83,8 +82,7 @@ def _train(context: Context, model: Any, training: Comparisons) -> None:
 
 def _reference_scores(context: Context, policy: Any, model: Any) -> tuple[float, float]:
     """Mean and standard deviation of the raw score on the supervised policy's answers."""
-    _, prompts = context.encode_prompts(context.task.prompts)
-    prompts = prompts.rows(torch.arange(min(len(prompts), NORMALISING_SAMPLES)))
+    prompts = context.encode_prompts(context.task.prompts.rows[:NORMALISING_SAMPLES])
     answers = context.engine.generate(policy, prompts, context.sampling, seeded(context.recipe.seed, "normalise"))
     scores = raw_scores(model, answers)
     return float(scores.mean()), float(scores.std())
@@ -113,12 +111,12 @@ def _sampled_pairs(context: Context) -> list[Preference]:
     return rows
 
 
-def _candidates(
-    context: Context, policy: Any, texts: Sequence[Prompt], index: int
-) -> list[tuple[Prompt, str, str]]:
+def _candidates(context: Context, policy: Any, texts: Sequence[Prompt], index: int) -> list[tuple[Prompt, str, str]]:
     """For each prompt the first two different of `pairs.best_of` answers; prompts with only one answer drop out."""
     pairs = context.recipe.pairs
-    prompts = as_prompts([encode_prompt(context.tokenizer, text) for text in texts], context.pad_id)
+    if not texts:
+        return []
+    prompts = context.encode_prompts(texts)
     repeated = prompts.rows(torch.arange(len(prompts)).repeat_interleave(pairs.best_of))
     sampling = Sampling(context.sampling.max_new_tokens, pairs.temperature, pairs.top_p)
     answers = context.text(

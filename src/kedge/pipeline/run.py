@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +14,13 @@ from typing import Any
 import torch
 
 from kedge import __version__
-from kedge.data.task import Task
 from kedge.errors import DivergenceError, InputError, Interrupted, Problem
-from kedge.models.load import load_policy
 from kedge.pipeline.context import Context
 from kedge.pipeline.policy import optimised
 from kedge.pipeline.reward import rewarded
 from kedge.pipeline.sft import supervised
 from kedge.pipeline.summary import summary
-from kedge.pipeline.tasks import task_of
+from kedge.pipeline.tasks import inputs_of
 from kedge.progress import Interrupt, Progress
 from kedge.recipe import Recipe
 from kedge.trace.jsonl import append_json, read_json_lines, write_atomically
@@ -50,11 +49,16 @@ def run(
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    task = task_of(recipe)
-    tokenizer = _tokenizer(recipe, task)
+    if resume:
+        _refuse_changes(RunDir(out), recipe)
+    inputs = inputs_of(recipe)
     folder = RunDir.create(out, resume=resume)
-    _take_up(folder, recipe, recipe_text)
-    context = Context(recipe, folder, task, tokenizer, progress, interrupt)
+    _sweep(folder)
+    if not folder.recipe_json.exists():
+        _begin(folder, recipe, recipe_text)
+    context = Context(recipe, folder, inputs.task, inputs.tokenizer, progress, interrupt)
+    for line in inputs.left_out:
+        context.event("data", 0, "rejected_rows", line)
     with _status(context):
         if start is not None:
             _start_from(RunDir(start), folder)
@@ -63,26 +67,32 @@ def run(
     return summary(folder, stages)
 
 
-def _tokenizer(recipe: Recipe, task: Task) -> Any:
-    if recipe.model.init != "scratch":
-        return load_policy(recipe.model.init, trust_remote_code=recipe.model.trust_remote_code)[1]
-    assert task.make_tokenizer is not None
-    return task.make_tokenizer()
-
-
-def _take_up(folder: RunDir, recipe: Recipe, recipe_text: str) -> None:
-    """Write the recipe into a new run; refuse to go on with a run of another recipe."""
-    resolved = recipe.model_dump_json(indent=2) + "\n"
-    if folder.recipe_json.exists():
-        before = Recipe.model_validate_json(folder.recipe_json.read_text(encoding="utf-8"))
-        changed = sorted(_differences(before.model_dump(mode="json"), recipe.model_dump(mode="json")))
-        if changed:
-            remedy = "give the settings it began with, or choose another --out"
-            problems = [Problem(f"{folder.path}: {key}", f"was {old!r}, now {new!r}", remedy) for key, old, new in changed]
-            raise InputError(problems)
+def _refuse_changes(folder: RunDir, recipe: Recipe) -> None:
+    """Raise `InputError` if the run in `folder` began with other settings."""
+    if not folder.recipe_json.exists():
         return
+    try:
+        before = json.loads(folder.recipe_json.read_text(encoding="utf-8"))
+    except ValueError as error:
+        remedy = "take it from a copy, or choose another --out"
+        raise InputError(Problem(str(folder.recipe_json), f"not readable: {error}", remedy)) from None
+    changed = list(_differences(before, recipe.model_dump(mode="json")))
+    remedy = "give the settings it began with, or choose another --out"
+    problems = [Problem(f"{folder.path}: {key}", f"was {old!r}, now {new!r}", remedy) for key, old, new in changed]
+    if problems:
+        raise InputError(problems)
+
+
+def _sweep(folder: RunDir) -> None:
+    """Remove what a kill left half written among models and checkpoints."""
+    for parent in (folder.models, folder.checkpoints):
+        for partial in parent.glob(".*"):
+            shutil.rmtree(partial)
+
+
+def _begin(folder: RunDir, recipe: Recipe, recipe_text: str) -> None:
+    """What a new run says about itself. The resolved recipe comes last: with it, a run has begun."""
     write_atomically(folder.recipe_toml, recipe_text.encode())
-    write_atomically(folder.recipe_json, resolved.encode())
     names = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
     folder.update_manifest(
         kedge=__version__,
@@ -97,6 +107,7 @@ def _take_up(folder: RunDir, recipe: Recipe, recipe_text: str) -> None:
         critic=recipe.policy.critic,
         score_unit="standard deviations of the reward model's score over the reference's answers",
     )
+    write_atomically(folder.recipe_json, (recipe.model_dump_json(indent=2) + "\n").encode())
 
 
 def _start_from(source: RunDir, folder: RunDir) -> None:

@@ -1,30 +1,48 @@
-"""From a recipe to its task: the built-in desk, or the user's files."""
+"""From a recipe to its texts and tokenizer: the built-in desk, or the user's files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from kedge.data.records import Demonstration, Loaded, Preference, Prompt, prompt_text
 from kedge.data.split import is_held_out
 from kedge.data.task import Task
-from kedge.data.tokenise import train_tokenizer
+from kedge.data.tokenise import train_tokenizer, within_context
 from kedge.data.validate import load_demonstrations, load_preferences, load_prompts
 from kedge.desk.annotators import Bias
 from kedge.desk.world import desk_task
 from kedge.errors import InputError, Problem
+from kedge.models.load import load_policy
 from kedge.recipe import Recipe
+
+T = TypeVar("T")
 
 DESK_PROMPTS = 4096  # prompts of the policy stage; more than a run uses twice
 TEXT_PIECE = 400  # characters of plain text that make one held-out piece
 
 
-def task_of(recipe: Recipe) -> Task:
-    """The texts of a run. Raises `InputError` for files that cannot be used."""
+@dataclass(frozen=True)
+class Inputs:
+    """The texts of a run, every one of which fits the context, and the policy's tokenizer.
+
+    `left_out` says in a line per file which rows were not used.
+    """
+
+    task: Task
+    tokenizer: Any
+    left_out: tuple[str, ...] = ()
+
+
+def inputs_of(recipe: Recipe) -> Inputs:
+    """What a run reads, checked before anything is written. Raises `InputError` for what cannot be used."""
     return _from_desk(recipe) if recipe.world == "desk" else _from_files(recipe)
 
 
-def _from_desk(recipe: Recipe) -> Task:
-    return desk_task(
+def _from_desk(recipe: Recipe) -> Inputs:
+    task = desk_task(
         seed=recipe.seed,
         demonstrations=recipe.desk.demonstrations,
         bias=Bias(**recipe.desk.annotators.model_dump()),
@@ -33,41 +51,106 @@ def _from_desk(recipe: Recipe) -> Task:
         evaluation=recipe.evaluate.prompts,
         probes=recipe.trace.probes,
     )
+    assert task.make_tokenizer is not None
+    tokenizer = _tokenizer(recipe, task.make_tokenizer)
+    longest = _longest(task, tokenizer, recipe.policy.max_new_tokens)
+    if longest > recipe.model.context:
+        what = f"{recipe.model.context} tokens are too few for the desk: prompt and answer take up to {longest}"
+        raise InputError(Problem("model.context", what, "raise it, or lower policy.max_new_tokens"))
+    return Inputs(task, tokenizer)
 
 
-def _from_files(recipe: Recipe) -> Task:
+def _longest(task: Task, tokenizer: Any, budget: int) -> int:
+    """Tokens of the longest sequence that any text of the desk turns into; its texts are plain, so one call does."""
+
+    def tokens(texts: Sequence[Prompt], *, opening: bool) -> list[int]:
+        ids = tokenizer([prompt_text(text) for text in texts], add_special_tokens=opening)["input_ids"]
+        return [len(row) for row in ids]
+
+    rows = (*task.demonstrations.rows, *task.held_out.rows)
+    shown = [(row.prompt, row.response) for row in rows] + [(probe.prompt, probe.verbose) for probe in task.probes]
+    prompts, answers = ([text for text, _ in shown], [text for _, text in shown])
+    given = zip(tokens(prompts, opening=True), tokens(answers, opening=False), strict=True)
+    asked = [*task.prompts.rows, *task.evaluation.rows, *task.pair_prompts, *(probe.prompt for probe in task.probes)]
+    return max(max(map(sum, given)) + 1, max(tokens(asked, opening=True)) + budget)
+
+
+def _from_files(recipe: Recipe) -> Inputs:
     """Prompts are on the training or the held-out side by the hash of their text, in every file alike."""
-    data, tolerance = recipe.data, recipe.data.max_rejected
+    data = recipe.data
     demonstrations: Loaded[Demonstration] = Loaded.of((), "data.demonstrations")
     if data.demonstrations is not None:
-        demonstrations = load_demonstrations(data.demonstrations, max_rejected=tolerance)
-    preferences: Loaded[Preference] | None = None
+        demonstrations = load_demonstrations(data.demonstrations, max_rejected=data.max_rejected)
+    preferences: Loaded[Preference] = Loaded.of((), "data.preferences")
     if data.preferences is not None:
-        preferences = load_preferences(data.preferences, max_rejected=tolerance)
-    prompts: Loaded[Prompt] = demonstrations.map(lambda row: row.prompt)
-    if data.prompts is not None:
-        prompts = load_prompts(data.prompts, max_rejected=tolerance)
-    elif preferences is not None and not demonstrations.rows:
-        prompts = preferences.map(lambda row: row.prompt)
-    prompts = _distinct(prompts)
+        preferences = load_preferences(data.preferences, max_rejected=data.max_rejected)
+    own = load_prompts(data.prompts, max_rejected=data.max_rejected) if data.prompts is not None else None
+    text = _pieces(data.text) if data.text is not None else ()
 
-    def held_out(prompt: Prompt) -> bool:
-        return is_held_out(prompt, data.holdout)
+    def shown(prompt: Prompt) -> bool:
+        return not is_held_out(prompt, data.holdout)
 
-    evaluation = _first(prompts.where(held_out), recipe.evaluate.prompts)
-    if not evaluation.rows:
-        what = f"none of the {len(prompts.rows)} prompts falls into the held-out share of {data.holdout}"
-        raise InputError(Problem("data.holdout", what, "give more prompts or raise data.holdout"))
-    shown = demonstrations.where(lambda row: not held_out(row.prompt))
-    return Task(
-        demonstrations=shown,
-        held_out=demonstrations.where(lambda row: held_out(row.prompt)),
-        prompts=prompts.where(lambda prompt: not held_out(prompt)),
-        evaluation=evaluation,
+    def learnable() -> list[str]:
+        return _seen_texts(recipe, demonstrations.where(lambda row: shown(row.prompt)), preferences)
+
+    tokenizer = _tokenizer(recipe, lambda: train_tokenizer(learnable(), vocab=recipe.model.vocab))
+
+    def fitting(loaded: Loaded[T], budget: int = 0) -> Loaded[T]:
+        context, tolerance = recipe.model.context, data.max_rejected
+        return within_context(tokenizer, loaded, context=context, max_rejected=tolerance, max_new_tokens=budget)
+
+    demonstrations, preferences = fitting(demonstrations), fitting(preferences)
+    derived = demonstrations.map(_prompt_of) if demonstrations.rows else preferences.map(_prompt_of)
+    prompts = fitting(derived if own is None else own, recipe.policy.max_new_tokens)
+    distinct = _distinct(prompts)
+    task = Task(
+        demonstrations=demonstrations.where(lambda row: shown(row.prompt)),
+        held_out=demonstrations.where(lambda row: not shown(row.prompt)),
+        prompts=distinct.where(shown),
+        evaluation=_first(distinct.where(lambda prompt: not shown(prompt)), recipe.evaluate.prompts),
         preferences=preferences,
-        text=_pieces(data.text) if data.text is not None else (),
-        make_tokenizer=lambda: train_tokenizer(_seen_texts(recipe, shown, preferences), vocab=recipe.model.vocab),
+        text=text,
     )
+    _require_both_sides(task, len(distinct.rows), len(demonstrations.rows))
+    lines = [_left_out(loaded) for loaded in (demonstrations, preferences, prompts) if loaded.rejected]
+    return Inputs(task, tokenizer, tuple(dict.fromkeys(lines)))
+
+
+def _tokenizer(recipe: Recipe, train: Callable[[], Any]) -> Any:
+    """The tokenizer of the model folder, which is checked as a whole, or one that `train` makes."""
+    model = recipe.model
+    if model.init == "scratch":
+        return train()
+    policy, tokenizer = load_policy(model.init, trust_remote_code=model.trust_remote_code)
+    positions = getattr(policy.config, "max_position_embeddings", None)
+    if positions is not None and positions < model.context:
+        what = f"{model.context} tokens are more than the {positions} positions of {model.init}"
+        raise InputError(Problem("model.context", what, f"lower it to {positions}"))
+    return tokenizer
+
+
+def _require_both_sides(task: Task, prompts: int, demonstrations: int) -> None:
+    """Raise `InputError` unless there is something to train on and something to measure with."""
+    problems = []
+    if not task.evaluation.rows:
+        what = f"none of the {prompts} prompts falls into the held-out share"
+        problems.append(Problem("data.holdout", what, "give more prompts or raise data.holdout"))
+    if not task.prompts.rows:
+        what = f"all {prompts} prompts fall into the held-out share"
+        problems.append(Problem("data.holdout", what, "give more prompts or lower data.holdout"))
+    if demonstrations and not task.demonstrations.rows:
+        what = f"all {demonstrations} demonstrations fall into the held-out share"
+        problems.append(Problem("data.holdout", what, "give more demonstrations or lower data.holdout"))
+    if problems:
+        raise InputError(problems)
+
+
+def _left_out(loaded: Loaded[Any]) -> str:
+    return f"{len(loaded.rejected)} of {loaded.total} rows left out; first: {loaded.rejected[0]}"
+
+
+def _prompt_of(row: Demonstration | Preference) -> Prompt:
+    return row.prompt
 
 
 def _distinct(prompts: Loaded[Prompt]) -> Loaded[Prompt]:
@@ -86,12 +169,10 @@ def _first(prompts: Loaded[Prompt], count: int) -> Loaded[Prompt]:
     return Loaded(prompts.rows[:count], prompts.lines[:count], (), min(count, prompts.total))
 
 
-def _seen_texts(
-    recipe: Recipe, shown: Loaded[Demonstration], preferences: Loaded[Preference] | None
-) -> list[str]:
+def _seen_texts(recipe: Recipe, shown: Loaded[Demonstration], preferences: Loaded[Preference]) -> list[str]:
     """What a tokenizer may learn from: every text that training sees, none that only measures."""
     texts = [text for row in shown.rows for text in (*_contents(row.prompt), row.response)]
-    for pair in preferences.rows if preferences is not None else ():
+    for pair in preferences.rows:
         if not is_held_out(pair.prompt, recipe.reward.holdout):
             texts += [*_contents(pair.prompt), pair.chosen, pair.rejected]
     return texts
@@ -113,4 +194,7 @@ def _pieces(path: Path) -> tuple[str, ...]:
         if len(current) >= TEXT_PIECE:
             pieces.append(current)
             current = ""
-    return tuple(piece for piece in (*pieces, current) if piece.strip())
+    found = tuple(piece for piece in (*pieces, current) if piece.strip())
+    if not found:
+        raise InputError(Problem(str(path), "no text in it", "give a plain text file, or leave data.text out"))
+    return found

@@ -106,4 +106,4 @@ def truncate(logprobs: Tensor, top_p: float) -> Tensor:
 
 
 def _is_double(policy: Any) -> bool:
-    return next(policy.parameters()).dtype == torch.float64
+    return bool(next(policy.parameters()).dtype == torch.float64)

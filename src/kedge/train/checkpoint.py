@@ -43,7 +43,7 @@ def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
     record = {"step": state.step, "seed_scheme": "sha256(seed/purpose/step)", "controller": asdict(state.controller)}
     (partial / "state.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial.replace(folder)
     for old in _complete(folder.parent)[:-keep]:
         shutil.rmtree(old)
 

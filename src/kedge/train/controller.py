@@ -21,7 +21,5 @@ class KlController:
         """The controller after a batch of `episodes` responses with this mean k1, in nats per sequence."""
         if self.mode == "fixed":
             return self
-        beta = adapted_coefficient(
-            self.beta, kl_per_sequence, self.target, episodes=episodes, horizon=self.horizon
-        )
+        beta = adapted_coefficient(self.beta, kl_per_sequence, self.target, episodes=episodes, horizon=self.horizon)
         return replace(self, beta=beta)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedge.errors import InputError, Problem
+from kedge.errors import DivergenceError, InputError, Problem
 from kedge.ops.masked import masked_mean, masked_variance
 from kedge.rollout.engine import RolloutEngine
 from kedge.rollout.score import Rewarder, score_rollouts
@@ -21,6 +21,7 @@ from kedge.train.schedule import seeded
 from kedge.train.update import Learner, PpoSettings, update
 
 RETURN_VARIANCE_DECAY = 0.9
+RATIO_TOLERANCE = 1e-3  # rounding stays below 1e-5 in float32
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,18 @@ def train_policy(
         )
         clock.lap("score_s")
         variance = running_variance(state.return_variance, experience)
-        stats = update(
-            learner,
-            experience,
-            settings.ppo,
-            seeded(settings.seed, "update", number),
-            return_variance=variance,
-            train_policy=number >= settings.critic_warmup,
-        )
+        try:
+            stats = update(
+                learner,
+                experience,
+                settings.ppo,
+                seeded(settings.seed, "update", number),
+                return_variance=variance,
+                train_policy=number >= settings.critic_warmup,
+            )
+        except DivergenceError as error:
+            raise DivergenceError(f"policy step {number}: {error}") from error
+        require_ratio_one(stats, number)
         clock.lap("update_s")
         beta = state.controller.beta
         controller = state.controller.observe(float(experience.channel("kl").mean()), len(rollouts))
@@ -112,9 +117,18 @@ def require_finite_scores(scored: ScoredRollouts, step: int) -> None:
         bad = ~torch.isfinite(score)
         if bad.any():
             row = int(bad.nonzero()[0])
-            what = f"the reward is {score[row].item()} for {int(bad.sum())} of {len(score)} responses (first: row {row})"
+            share = f"{int(bad.sum())} of {len(score)} responses"
+            what = f"the reward is {score[row].item()} for {share} (first: row {row})"
             remedy = "check the reward model's weights and inputs, then --resume from the last checkpoint"
             raise InputError(Problem(f"policy step {step}: channel {name}", what, remedy))
+
+
+def require_ratio_one(stats: UpdateStats, step: int) -> None:
+    """Raise `InputError` unless the first minibatch found the policy as the scoring pass left it."""
+    error = float(stats.ratio_error[0, 0])
+    if error > RATIO_TOLERANCE:
+        what = f"training gives the responses other probabilities than scoring did (mean |ratio - 1| = {error:.2g})"
+        raise InputError(Problem(f"policy step {step}", what, "turn off what is random in the model, such as dropout"))
 
 
 def running_variance(before: Tensor | None, experience: Experience) -> Tensor:
@@ -147,7 +161,8 @@ def prompt_batch(pool: Prompts, per_step: int, samples: int, seed: int, step: in
     """The prompts of a step: consecutive ones of a seeded permutation per epoch, each repeated `samples` times."""
     size = len(pool)
     positions = range(step * per_step, (step + 1) * per_step)
-    orders = {epoch: torch.randperm(size, generator=seeded(seed, "prompts", epoch)) for epoch in {p // size for p in positions}}
+    epochs = range(positions[0] // size, positions[-1] // size + 1)
+    orders = {epoch: torch.randperm(size, generator=seeded(seed, "prompts", epoch)) for epoch in epochs}
     index = torch.stack([orders[p // size][p % size] for p in positions])
     return trim(pool.rows(index.repeat_interleave(samples)))
 

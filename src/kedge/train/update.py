@@ -160,7 +160,8 @@ def _zero_grad(learner: Learner) -> None:
 
 def _by_length(rollouts: Rollouts, index: Tensor, microbatch: int) -> tuple[Tensor, ...]:
     """Rows of a minibatch in micro-batches of similar length, so that short ones do not pay for the longest."""
-    return index[rollouts.last[index].argsort(stable=True)].split(microbatch)
+    ordered: Tensor = index[rollouts.last[index].argsort(stable=True)]
+    return tuple(ordered.split(microbatch))
 
 
 def _take(experience: Experience, advantages: Tensor, old_values: Tensor, index: Tensor) -> _Batch:

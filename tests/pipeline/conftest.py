@@ -1,0 +1,34 @@
+"""Tiny runs on the built-in desk, each made once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import RECIPE, ran
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    ran(folder, "run", recipe, "--out", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def apart(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The same run by the installed program in a process that shares nothing, with what it wrote to its streams."""
+    run = tmp_path_factory.mktemp("apart") / "run"
+    command = [sys.executable, "-m", "kedge.cli", "run", str(recipe), "--out", str(run), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return run, done.stdout, done.stderr
