@@ -8,7 +8,7 @@ ARGS ?=
 # One thread a process: the tests run $(JOBS) processes, and tiny models are slower with more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x --timeout 300 -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo test slow lint types imports check clean
+.PHONY: help setup demo test slow lint types imports check mutate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make check   all tests, then lint, types and import rules (what CI runs)"
 	@echo "make setup   only make .venv and install Kedge in it"
 	@echo "make slow    only the slow tests"
+	@echo "make mutate  plant faults in the equations; every one must fail a test"
 	@echo "make clean   remove caches; leaves .venv and runs/"
 
 setup: $(STAMP)
@@ -48,6 +49,10 @@ types: setup
 
 imports: setup
 	@$(BIN)/lint-imports
+
+# Plants one fault at a time in the equations and expects a test to fail; about ten minutes.
+mutate: setup
+	@$(BIN)/python tools/mutate.py $(ARGS)
 
 check: test slow lint types imports
 

@@ -140,9 +140,8 @@ for page, blocks in json.load(sys.stdin):
 """
     given = [(named(page), [(b.line, b.code) for b in blocks(page) if b.runs]) for page in WITHOUT_TORCH]
     assert all(len(code) > 2 for _, code in given)
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(given), cwd=folder, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, input=json.dumps(given), cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -175,8 +174,9 @@ def test_commands_parse(page: str, line: str) -> None:
     if name.startswith("-"):
         group.make_context("kedge", [name, *rest])
         return
-    given = group.commands[name].make_context(name, rest).params
-    recipe.build({}, given.get("settings") or ())
+    settings = group.commands[name].make_context(name, rest).params.get("settings") or ()
+    files = any(setting.startswith("data.") for setting in settings)
+    recipe.build({"world": "files", "data": {"demonstrations": "d", "preferences": "p"}} if files else {}, settings)
 
 
 # Names
@@ -226,13 +226,11 @@ def rows(page: Path, heads: tuple[str, ...]) -> list[list[str]]:
 
 
 def code_spans(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
 MAP = rows(DOCS / "map.md", ("concept", "equation", "function", "test", "metric", "check"))
-DETAILS = rows(
-    DOCS / "ppo-details.md", ("#", "detail", "what Kedge does, and why", "where", "setting", "held by")
-)
+DETAILS = rows(DOCS / "ppo-details.md", ("#", "detail", "what Kedge does, and why", "where", "setting", "held by"))
 
 
 @pytest.mark.parametrize("row", MAP, ids=lambda row: row[0])
@@ -281,7 +279,9 @@ def test_metrics_are_those_of_the_schema() -> None:
 
 
 def test_every_column_of_the_trace_is_described() -> None:
-    columns = {name for schema in (step_schema(["<channel>"]), probe_schema(), sample_schema()) for name in schema.names}
+    columns = {
+        name for schema in (step_schema(["<channel>"]), probe_schema(), sample_schema()) for name in schema.names
+    }
     assert columns - set(code_spans((DOCS / "trace.md").read_text(encoding="utf-8"))) == set()
 
 
@@ -306,4 +306,6 @@ def test_anchors_lead_to_headings(page: Path) -> None:
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")]), ids=named)
 def test_no_page_names_a_place_on_some_machine(page: Path) -> None:
-    assert re.findall(r"(?<![\w.~])/(?:home|root|tmp|work|mnt|Users|private)\b|\.\./shared", page.read_text("utf-8")) == []
+    assert (
+        re.findall(r"(?<![\w.~])/(?:home|root|tmp|work|mnt|Users|private)\b|\.\./shared", page.read_text("utf-8")) == []
+    )

@@ -444,6 +444,10 @@ def _inconsistent(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """What no single key shows to be wrong: the key, what is wrong with it, what to do."""
     yield from _bad_sizes(recipe)
     yield from _bad_world(recipe)
+    episodes = recipe.policy.prompts_per_step * recipe.policy.samples_per_prompt
+    if recipe.policy.kl.mode == "adaptive" and recipe.policy.kl.horizon <= 0.2 * episodes:
+        what = f"{recipe.policy.kl.horizon:g} is too short for {episodes} responses a step: beta would turn negative"
+        yield "policy.kl.horizon", what, f"use more than {0.2 * episodes:g}, such as 10000"
     if recipe.policy.kl.mode == "adaptive" and recipe.policy.kl.beta == 0:
         what = "0 stays 0 in adaptive mode, which multiplies it"
         yield "policy.kl.beta", what, "start above 0, such as 0.05"

@@ -137,16 +137,13 @@ def test_bradley_terry_neither_overflows_nor_loses_the_tail(gap: float) -> None:
 
 
 @examples
-@given(seed=seeds, batch=st.integers(1, 5), length=st.integers(1, 6))
-def test_token_nll_is_the_mean_over_tokens(seed: int, batch: int, length: int) -> None:
+@given(seed=seeds, batch=st.integers(1, 5), length=st.integers(1, 6), tokens=st.floats(0.5, 50))
+def test_token_nll_is_the_sum_over_true_tokens_per_given_token(
+    seed: int, batch: int, length: int, tokens: float
+) -> None:
     rng = np.random.default_rng(seed)
     mask = ragged_mask(rng, batch, length)
     logprobs = torch.from_numpy(-rng.exponential(size=(batch, length)))
-    numbers = kept(logprobs, mask)
-    expected = -math.fsum(numbers) / len(numbers)
-    assert token_nll(poisoned(logprobs, mask), mask).item() == pytest.approx(expected, abs=1e-12)
-    assert token_nll(poisoned(logprobs, mask, -math.inf), mask).item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_token_nll_of_no_tokens_is_zero() -> None:
-    assert token_nll(torch.full((2, 2), -1.0), torch.zeros(2, 2, dtype=torch.bool)) == 0
+    expected = -math.fsum(kept(logprobs, mask)) / tokens
+    assert token_nll(poisoned(logprobs, mask), mask, tokens).item() == pytest.approx(expected, rel=1e-12)
+    assert token_nll(poisoned(logprobs, mask, -math.inf), mask, tokens).item() == pytest.approx(expected, rel=1e-12)

@@ -13,7 +13,7 @@ from lab import Ppo, train
 from torch import Tensor
 
 TASK = random_task(Space(3, 3))
-LARGE_STEPS = Ppo(lam=0.95, whiten=True, heads=4, epochs=8, minibatches=4, lr=0.3, steps=40)
+LARGE_STEPS = Ppo(lam=0.95, whiten=True, heads=4, epochs=6, minibatches=4, lr=0.3, steps=30, batch=1024)
 
 
 def greater_where_negative(

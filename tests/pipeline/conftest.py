@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from processes import RECIPE, ran
 
+HERE = Path(__file__).parent
+
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,8 +29,11 @@ def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def apart(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The same run by the installed program in a process that shares nothing, with what it wrote to its streams."""
+    """The same run in a process started from nothing, with what it wrote to its streams."""
     run = tmp_path_factory.mktemp("apart") / "run"
-    command = [sys.executable, "-m", "kedge.cli", "run", str(recipe), "--out", str(run), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    arguments = ["run", str(recipe), "--out", str(run), "--json"]
+    program = f"import sys, processes; processes.shrink(); from kedge.cli import main; sys.exit(main({arguments}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True, timeout=120
+    )
     return run, done.stdout, done.stderr

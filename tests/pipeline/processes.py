@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,20 @@ def ran(folder: Path, *arguments: str | Path, prepare: Any = None) -> Command:
     return command
 
 
+def shrink() -> None:
+    """Fewer texts in the built-in desk than any recipe can ask for; the tests need no more."""
+    import kedge.desk.world as world
+    import kedge.pipeline.tasks as tasks
+
+    tasks.DESK_PROMPTS, world.HELD_OUT = 64, 16
+
+
 def _execute(arguments: list[str], folder: Path, out: Path, err: Path, stop: Stop | None, prepare: Any) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.chdir(folder)
+    shrink()
     if prepare is not None:
         prepare()
     if stop is not None:
@@ -262,8 +271,3 @@ def assert_same(run: Path, expected: Path) -> None:
         assert table.equals(other.tables[name], check_metadata=True), name
     assert one.timed == other.timed
     assert one.manifest == other.manifest
-
-
-def without(held: Contents, *names: str) -> Contents:
-    """The contents without some files."""
-    return replace(held, files={name: data for name, data in held.files.items() if name not in names})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from kedge.ops.masked import masked_mean
+from kedge.ops.masked import masked_sum
 
 
 def ppo_objective(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip: float) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,10 @@ def preference_probability(chosen: Tensor, rejected: Tensor) -> Tensor:
     return torch.sigmoid(chosen - rejected)
 
 
-def token_nll(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Mean negative log-likelihood per true token of `mask`, in nats, 0 where none is true: the loss of SFT."""
-    return -masked_mean(logprobs, mask)
+def token_nll(logprobs: Tensor, mask: Tensor, tokens: float) -> Tensor:
+    """Negative log-likelihood of the true tokens of `mask`, summed and divided by `tokens`, in nats: the loss of SFT.
+
+    With `tokens` their number it is their mean. Batches of rows of similar length share the expected number instead:
+    divided by its own count, a batch of long responses would weigh no more than one of short ones.
+    """
+    return -masked_sum(logprobs, mask) / tokens

@@ -23,6 +23,7 @@ from kedge.pipeline.summary import summary
 from kedge.pipeline.tasks import inputs_of
 from kedge.progress import Interrupt, Progress
 from kedge.recipe import Recipe
+from kedge.report.html import write_report
 from kedge.trace.jsonl import append_json, read_json_lines, write_atomically
 from kedge.trace.run_dir import RunDir
 from kedge.train.experience import channel_names
@@ -63,7 +64,10 @@ def run(
         if start is not None:
             _start_from(RunDir(start), folder)
         for stage in stages:
-            _carry_out(context, stage)
+            if stage != "evaluate":
+                _carry_out(context, stage)
+    if "evaluate" in stages:
+        write_report(folder.path)
     return summary(folder, stages)
 
 
@@ -159,11 +163,6 @@ def _carry_out(context: Context, stage: str) -> None:
     """One stage, unless it is done; then mark it done."""
     folder = context.run
     done = dict(folder.read_manifest()["stages"])
-    if stage == "evaluate":
-        from kedge.report.html import write_report
-
-        write_report(folder.path)
-        return
     if done.get(stage) == "done":
         return
     work, needs = _STAGES[stage]

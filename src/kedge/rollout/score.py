@@ -43,7 +43,7 @@ def token_scores(
         return torch.stack([taken(logprobs, part.response_ids), logprobs[..., eos_id], entropy(logprobs)], dim=-1)
 
     model.eval()
-    stacked = by_length(rollouts, score, microbatch) * rollouts.response_mask.unsqueeze(-1)
+    stacked = torch.where(rollouts.response_mask.unsqueeze(-1), by_length(rollouts, score, microbatch), 0)
     return TokenScores(*stacked.unbind(dim=-1))
 
 

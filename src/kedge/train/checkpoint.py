@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def load(folder: Path, learner: Learner) -> State:
         tensors = load_file(folder / "state.safetensors")
         controller = KlController(**record["controller"])
         _restore(learner, {name: tensor.clone() for name, tensor in tensors.items()})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         what = f"the checkpoint cannot be used: {error}"
         raise InputError(Problem(str(folder), what, "remove this folder to go on from the one before")) from error
     return State(int(record["step"]), controller, tensors.get("return_variance"))

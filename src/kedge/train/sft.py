@@ -9,7 +9,8 @@ import torch
 
 from kedge.errors import DivergenceError
 from kedge.ops.logprobs import taken
-from kedge.ops.masked import masked_sum
+from kedge.ops.losses import token_nll
+from kedge.ops.masked import masked_mean
 from kedge.rollout.score import response_logprobs
 from kedge.structs import Rollouts
 from kedge.train.schedule import batches, cosine, seeded
@@ -37,8 +38,7 @@ def train_sft(
     for step, index in enumerate(batches(demonstrations.lengths, batch_size, steps, seeded(seed, "sft", 0))):
         batch = demonstrations.rows(index)
         logprobs = taken(response_logprobs(model, batch, 1.0), batch.response_ids)
-        # Batches hold rows of similar length: divided by their own token count, long answers would count too little.
-        loss = -masked_sum(logprobs, batch.response_mask) / expected_tokens
+        loss = token_nll(logprobs, batch.response_mask, expected_tokens)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -46,7 +46,7 @@ def train_sft(
             raise DivergenceError(f"supervised loss is {loss.item()} at step {step} -> lower sft.lr")
         optimizer.step()
         schedule.step()
-        on_step(step, loss.item())
+        on_step(step, -masked_mean(logprobs.detach(), batch.response_mask).item())
 
 
 @torch.no_grad()
