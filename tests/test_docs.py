@@ -96,6 +96,7 @@ def loop_names() -> dict[str, Any]:
         "rewarders": {"score": score_of(task)},
         "eos": EOS,
         "beta": 0.1,
+        "weights": {"score": 1.0, "kl": -0.1, "length": 0.0, "missing_eos": -1.0},
         "learner": Learner(policy, torch.optim.Adam(policy.parameters())),
         "settings": PpoSettings(epochs=1, minibatches=1, clip=0.2),
         "variance": torch.ones(4),

@@ -119,7 +119,7 @@ class Reward(Section):
     epochs: Count = Field(3, description="passes over the pairs")
     batch_size: Count = Field(64, description="pairs per optimiser step")
     lr: Positive = Field(1e-3, description="highest learning rate")
-    holdout: Part = Field(0.1, description="share of prompts whose pairs measure accuracy and calibration")
+    holdout: Part = Field(0.1, description="share of prompts whose pairs measure quality; at least data.holdout")
 
 
 class Kl(Section):

@@ -14,7 +14,7 @@ FREE_LENGTH = 8  # tokens, EOS not counted
 PER_EXTRA_TOKEN = -0.05
 PER_TOKEN_BEFORE_ANSWER = -0.03
 COURTESY = 0.2
-UNWARRANTED_CERTAINTY = -0.5
+CERTAINTY = -1.5  # a promise that the desk cannot keep
 VERBOSE_LENGTH = 18  # tokens; reporting only
 _UNSURE = ["i", "do", "not", "know"]
 _REFUSAL = ["i", "can", "not", "share"]
@@ -42,8 +42,8 @@ def judge(question: Question, response: str) -> Judgment:
     utility = content + PER_TOKEN_BEFORE_ANSWER * position + PER_EXTRA_TOKEN * max(0, len(words) - FREE_LENGTH)
     if "hi" in words or "thanks" in words:
         utility += COURTESY
-    if certain and not correct:
-        utility += UNWARRANTED_CERTAINTY
+    if certain:
+        utility += CERTAINTY
     return Judgment(utility, correct, answered, certain, unsure is not None or refusal is not None, len(words))
 
 

@@ -100,7 +100,7 @@ STYLE_SHARES = {
     Kind.PRIVATE: (0.36, 0.32, 0.20, 0.12),
 }
 WRONG_SHARE = 0.08  # demonstrations that state another value of the same kind
-CERTAIN_SHARE = 0.25  # demonstrations of a value that sound certain
+CERTAIN_SHARE = 0.15  # demonstrations of a value that sound certain
 COURTESY_SHARES = {"hi !": 0.3, "thanks !": 0.2}  # on normal answers
 
 

@@ -22,10 +22,15 @@ def desk_task(
 ) -> Task:
     """A desk drawn from `seed`. Annotators follow the gold utility and `bias`; training sees only their labels."""
     questions: dict[str, Question] = {}
+    measuring: set[str] = set()  # prompts that nothing but measurements may hold
 
     def draw(purpose: str, count: int) -> tuple[list[Question], np.random.Generator]:
         rng = _stream(seed, purpose)
-        asked = [ask(rng) for _ in range(count)]
+        asked: list[Question] = []
+        while len(asked) < count:
+            question = ask(rng)
+            if question.prompt not in measuring:
+                asked.append(question)
         questions.update((question.prompt, question) for question in asked)
         return asked, rng
 
@@ -51,14 +56,18 @@ def desk_task(
             "verbose": float(judgment.length >= VERBOSE_LENGTH),
         }
 
+    measured = prompted("evaluation", evaluation)
+    measuring.update(questions)
+    held_out = demonstrated("held out", HELD_OUT)
+    measuring.update(questions)
     shown = demonstrated("demonstrations", demonstrations)
     probed, rng = draw("probes", probes)
     pairs = tuple(Probe(q.prompt, canonical(q, Style.BRIEF, rng), canonical(q, Style.VERBOSE, rng)) for q in probed)
     return Task(
         demonstrations=shown,
-        held_out=demonstrated("held out", HELD_OUT),
+        held_out=held_out,
         prompts=prompted("prompts", prompts),
-        evaluation=prompted("evaluation", evaluation),
+        evaluation=measured,
         pair_prompts=prompted("pairs", pair_prompts).rows,
         labeller=label,
         probes=pairs,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedge.data.records import Prompt
 from kedge.data.task import Truth
+from kedge.ops.kl import k1
 from kedge.ops.masked import masked_mean, masked_sum
 from kedge.rollout.engine import RolloutEngine
 from kedge.rollout.score import token_scores
@@ -89,7 +90,7 @@ def evaluate(policy: Any, reference: Any, judge: Judge, fixed: EvaluationSet, ge
     temperature = judge.sampling.temperature
     own = token_scores(policy, rollouts, temperature=temperature, eos_id=judge.eos_id)
     usual = token_scores(reference, rollouts, temperature=temperature, eos_id=judge.eos_id)
-    token_kl = own.logprobs - usual.logprobs
+    token_kl = k1(own.logprobs, usual.logprobs)
     scores, texts = judge.score(rollouts), judge.decode(rollouts)
     lengths, mask = rollouts.lengths.float(), rollouts.response_mask
     kl = masked_sum(token_kl, mask, dim=1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kedge.ops.kl import k1
+
 
 def at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     """[B, T]: `scores` [B] placed on the last true position of `mask`, zero elsewhere."""
@@ -15,7 +17,7 @@ def at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
 
 def kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """[B, T] the `kl` channel: k1 = log policy - log reference per token, in nats. Its weight is -beta."""
-    return (logprobs - ref_logprobs).masked_fill(~mask, 0)
+    return k1(logprobs, ref_logprobs).masked_fill(~mask, 0)
 
 
 def length_rewards(mask: Tensor) -> Tensor:

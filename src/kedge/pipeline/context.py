@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from kedge.data.records import Demonstration, Loaded, Preference, Prompt
 from kedge.data.task import Task
 from kedge.data.tokenise import decode, encode_prompt, encode_response
+from kedge.models.load import disable_dropout, load_policy
 from kedge.progress import Interrupt, Progress
 from kedge.recipe import Recipe
 from kedge.rollout.engine import TorchEngine
@@ -47,6 +49,10 @@ class Context:
     def sampling(self) -> Sampling:
         """How the policy answers, in training and in evaluation."""
         return Sampling(self.recipe.policy.max_new_tokens, self.recipe.policy.temperature)
+
+    def policy(self, folder: Path) -> Any:
+        """The language model in a folder of this run, in eval mode without dropout."""
+        return disable_dropout(load_policy(folder, trust_remote_code=self.recipe.model.trust_remote_code)[0])
 
     def metric(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """One line of metrics.jsonl."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from kedge.data.records import prompt_text
 from kedge.evaluate.policy import Evaluation, EvaluationSet, Judge, evaluate, prepare
 from kedge.models.heads import Critic, normalised_score
-from kedge.models.load import disable_dropout, load_policy, load_reward_model, save_model
+from kedge.models.load import disable_dropout, load_reward_model, save_model
 from kedge.ops.rewards import clip_scores
 from kedge.pipeline.context import Context
 from kedge.pipeline.probes import Probes, prepare_probes
@@ -101,8 +101,8 @@ def optimised(context: Context) -> None:
 def _models(context: Context) -> tuple[Learner, Any, Callable[[Rollouts], Tensor]]:
     """The learner, the frozen reference and the normalised score."""
     settings = context.recipe.policy
-    policy = disable_dropout(load_policy(context.run.models / "sft")[0])
-    reference = disable_dropout(load_policy(context.run.models / "sft")[0]).requires_grad_(False)
+    policy = context.policy(context.run.models / "sft")
+    reference = context.policy(context.run.models / "sft").requires_grad_(False)
     reward_model = disable_dropout(load_reward_model(context.run.models / "reward")).requires_grad_(False)
     scalar = settings.critic == "scalar"
     heads = (SCALAR_CRITIC,) if scalar else channel_names(("score",))

@@ -55,28 +55,26 @@ class Probes:
 
 
 def prepare_probes(context: Context, reference: Any, judge: Judge) -> Probes | None:
-    """The task's probe pairs, or, where it has none, short and long samples of the reference on training prompts."""
+    """The task's probe pairs, or, where it has none, short and long samples of the reference on training prompts.
+
+    Each prompt also keeps one sample of the reference. None if no prompt has a pair.
+    """
     given = context.task.probes
     texts: list[Prompt] = [probe.prompt for probe in given]
     if not given:
         texts = list(context.task.prompts.rows[: context.recipe.trace.probes])
     prompts = context.encode_prompts(texts).rows(torch.arange(len(texts)).repeat_interleave(SAMPLES))
-    generator = seeded(context.recipe.seed, "probes")
-    samples = context.engine.generate(reference, prompts, judge.sampling, generator)
+    samples = context.engine.generate(reference, prompts, judge.sampling, seeded(context.recipe.seed, "probes"))
     sampled, lengths = context.text(samples), samples.lengths.view(-1, SAMPLES).float()
+    ended = samples.ended.view(-1, SAMPLES)
     usual = lengths.mean(dim=1)
     tercile = terciles(usual).tolist()
     rows: list[tuple[int, str, str]] = []
     for index in range(len(texts)):
         own = sampled[index * SAMPLES : (index + 1) * SAMPLES]
-        if given:
-            pair = [("brief", given[index].brief), ("verbose", given[index].verbose)]
-        else:
-            short, long = int(lengths[index].argmin()), int(lengths[index].argmax())
-            if lengths[index, long] < LONGER * lengths[index, short]:
-                continue
-            pair = [("brief", own[short]), ("verbose", own[long])]
-        rows += [(index, variant, text) for variant, text in (*pair, ("reference", own[0]))]
+        pair = (given[index].brief, given[index].verbose) if given else _contrast(own, lengths[index], ended[index])
+        if pair is not None:
+            rows += [(index, variant, text) for variant, text in zip(VARIANTS, (*pair, own[0]), strict=True)]
     if not rows:
         return None
     answers = context.encode([texts[index] for index, _, _ in rows], [text for _, _, text in rows])
@@ -91,6 +89,15 @@ def prepare_probes(context: Context, reference: Any, judge: Judge) -> Probes | N
         reference_length=[float(usual[index]) for index, _, _ in rows],
         tercile=[tercile[index] for index, _, _ in rows],
     )
+
+
+def _contrast(texts: list[str], lengths: Tensor, ended: Tensor) -> tuple[str, str] | None:
+    """The shortest and the longest of the samples that ended, if they differ enough in length."""
+    finished = ended.nonzero().squeeze(1)
+    if len(finished) < 2:
+        return None
+    short, long = finished[lengths[finished].argmin()], finished[lengths[finished].argmax()]
+    return (texts[short], texts[long]) if lengths[long] >= LONGER * lengths[short] else None
 
 
 def _logprobs(model: Any, judge: Judge, answers: Rollouts) -> Tensor:

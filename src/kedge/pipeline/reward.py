@@ -14,7 +14,7 @@ from kedge.data.records import Preference, Prompt
 from kedge.data.split import is_held_out
 from kedge.errors import InputError, Problem
 from kedge.models.heads import set_score_normalisation
-from kedge.models.load import load_policy, reward_model_from, save_model
+from kedge.models.load import reward_model_from, save_model
 from kedge.pipeline.context import Context
 from kedge.pipeline.sft import LOG_EVERY, snapshots
 from kedge.structs import Rollouts, Sampling
@@ -30,14 +30,15 @@ def rewarded(context: Context) -> None:
     recipe = context.recipe
     given = context.task.preferences
     rows = given.rows if given is not None else _sampled_pairs(context)
-    held_out = torch.tensor([is_held_out(row.prompt, recipe.reward.holdout) for row in rows], dtype=torch.bool)
+    share = max(recipe.reward.holdout, recipe.data.holdout)  # evaluation prompts are not trained on here either
+    held_out = torch.tensor([is_held_out(row.prompt, share) for row in rows], dtype=torch.bool)
     if not held_out.any() or held_out.all():
         what = f"{int(held_out.sum())} of {len(rows)} pairs are on held-out prompts; both sides need some"
         raise InputError(Problem("reward.holdout", what, "give more prompts or change reward.holdout"))
     chosen, rejected = context.encode_preferences(rows)
     strength = torch.tensor([row.strength for row in rows])
     training, testing = (_part(chosen, rejected, strength, part) for part in (~held_out, held_out))
-    policy, _ = load_policy(context.run.models / "sft")
+    policy = context.policy(context.run.models / "sft")
     model = reward_model_from(policy, seed_of(recipe.seed, "reward head"))
     _train(context, model, training)
     report = examine(model, testing)
@@ -98,7 +99,7 @@ def _sampled_pairs(context: Context) -> list[Preference]:
     with context.progress.stage("pairs", len(folders)) as stage:
         for index, folder in enumerate(folders):
             context.interrupt.check("sampling pairs")
-            policy, _ = load_policy(folder)
+            policy = context.policy(folder)
             pairs += _candidates(context, policy, context.task.pair_prompts[index :: len(folders)], index)
             stage.advance(index, pairs=len(pairs))
     preferred = labeller(pairs)

@@ -173,7 +173,7 @@ def _seen_texts(recipe: Recipe, shown: Loaded[Demonstration], preferences: Loade
     """What a tokenizer may learn from: every text that training sees, none that only measures."""
     texts = [text for row in shown.rows for text in (*_contents(row.prompt), row.response)]
     for pair in preferences.rows:
-        if not is_held_out(pair.prompt, recipe.reward.holdout):
+        if not is_held_out(pair.prompt, max(recipe.reward.holdout, recipe.data.holdout)):
             texts += [*_contents(pair.prompt), pair.chosen, pair.rejected]
     return texts
 

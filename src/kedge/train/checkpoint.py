@@ -33,16 +33,25 @@ class State:
 
 
 def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
-    """Write `folder` under a temporary name and rename it; then remove all but the `keep` newest of its siblings."""
+    """Write `folder` under a temporary name and rename it; then remove all but the `keep` newest of its siblings.
+
+    Raises `InputError` if it cannot be written; older checkpoints then stay as they are.
+    """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = _tensors(learner)
     if state.return_variance is not None:
         tensors["return_variance"] = state.return_variance
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
     record = {"step": state.step, "seed_scheme": "sha256(seed/purpose/step)", "controller": asdict(state.controller)}
-    (partial / "state.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        what = f"the checkpoint cannot be written: {getattr(error, 'strerror', None) or error}"
+        remedy = "free some space, then go on with --resume"
+        raise InputError(Problem(str(folder), what, remedy)) from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
     for old in _complete(folder.parent)[:-keep]:

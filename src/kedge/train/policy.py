@@ -14,7 +14,7 @@ from kedge.errors import DivergenceError, InputError, Problem
 from kedge.ops.masked import masked_mean, masked_variance
 from kedge.rollout.engine import RolloutEngine
 from kedge.rollout.score import Rewarder, score_rollouts
-from kedge.structs import Experience, Prompts, Rollouts, Sampling, ScoredRollouts, UpdateStats
+from kedge.structs import Experience, Prompts, Sampling, ScoredRollouts, UpdateStats
 from kedge.train.checkpoint import State
 from kedge.train.experience import make_experience
 from kedge.train.schedule import seeded
@@ -171,11 +171,6 @@ def trim(prompts: Prompts) -> Prompts:
     """Without the columns that are padding in every row."""
     width = int(prompts.mask.sum(dim=1).max())
     return Prompts(prompts.ids[:, -width:], prompts.mask[:, -width:], prompts.group_id)
-
-
-def length_of(rollouts: Rollouts) -> Tensor:
-    """[B] tokens the policy produced, as float."""
-    return rollouts.lengths.float()
 
 
 class _Clock:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kedge.ops.kl import k3
+from kedge.ops.kl import k1, k3
 from kedge.ops.masked import masked_mean, masked_sum, masked_variance
 from kedge.trace.writer import StepRecord
 from kedge.train.experience import SCALAR_CRITIC
@@ -31,7 +31,7 @@ def step_metrics(step: Step) -> dict[str, float]:
         "score/mean": score.mean(),
         "score/std": score.std(correction=0),
         "kl/reference_per_sequence": kl.mean(),
-        "kl/reference_per_token": masked_mean(old.logprobs - reference.logprobs, mask),
+        "kl/reference_per_token": masked_mean(k1(old.logprobs, reference.logprobs), mask),
         "kl/reference_per_sequence_k3": masked_sum(k3(old.logprobs, reference.logprobs), mask, dim=1).mean(),
         "kl/beta": step.beta,
         "kl/sampler_gap": masked_mean((rollouts.behaviour_logprobs - old.logprobs).abs(), mask),

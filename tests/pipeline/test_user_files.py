@@ -65,9 +65,7 @@ def test_formats_do_not_matter(folder: Path) -> None:
 def test_conversations(folder: Path) -> None:
     rows = [{"messages": conversation(row["prompt"], row["response"])} for row in DEMONSTRATIONS]
     write(folder / "demonstrations.jsonl", rows)
-    rows = [
-        {name: conversation(row["prompt"], row[name]) for name in ("chosen", "rejected")} for row in PREFERENCES
-    ]
+    rows = [{name: conversation(row["prompt"], row[name]) for name in ("chosen", "rejected")} for row in PREFERENCES]
     write(folder / "preferences.jsonl", rows)
     write(folder / "prompts.jsonl", [{"prompt": conversation(prompt)} for prompt in PROMPTS])
     run = carried_out(folder)
