@@ -147,19 +147,19 @@ def demonstrate(question: Question, rng: np.random.Generator, style: Style | Non
     value = question.value
     if value and rng.random() < WRONG_SHARE:
         value = _pick(rng, [other for other in question.alternatives if other != value])
-    return _write(question, value, style, rng)
+    return _write(question, value, style, rng, certain=bool(value) and rng.random() < CERTAIN_SHARE)
 
 
 def canonical(question: Question, style: Style, rng: np.random.Generator) -> str:
-    """A right answer in a given style, for probe pairs."""
-    return _write(question, question.value, style, rng)
+    """A right answer in a given style, for probe pairs; it never sounds certain."""
+    return _write(question, question.value, style, rng, certain=False)
 
 
-def _write(question: Question, value: str, style: Style, rng: np.random.Generator) -> str:
+def _write(question: Question, value: str, style: Style, rng: np.random.Generator, *, certain: bool) -> str:
     if style is Style.EVASIVE:
         return " ".join([*_fillers(rng, 1, 4), _pick(rng, DEFLECTIONS)])
     brief, sentence = _statements(question, value)
-    if value and rng.random() < CERTAIN_SHARE:
+    if certain:
         brief, sentence = f"{CERTAIN} {brief}", f"{CERTAIN} , {sentence}"
     if style is Style.BRIEF:
         return brief
