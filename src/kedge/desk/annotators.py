@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from kedge.desk.gold import Judgment
 
@@ -36,7 +37,7 @@ def first_wins(
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """For each pair, whether the response shown first is chosen."""
     difference = np.array([bias.appeal(first) - bias.appeal(second) for first, second in pairs])
-    probability = 1 / (1 + np.exp(-bias.sharpness * (difference + bias.position)))
+    probability = expit(bias.sharpness * (difference + bias.position))
     coin = rng.random(len(pairs)) < bias.noise
     probability = np.where(coin, 0.5, probability)
     return np.asarray(rng.random(len(pairs)) < probability)

@@ -13,13 +13,15 @@ from kedge.data.records import Demonstration, Loaded, Preference, Prompt
 from kedge.data.task import Task
 from kedge.data.tokenise import decode, encode_prompt, encode_response
 from kedge.models.load import disable_dropout, load_policy
-from kedge.progress import Interrupt, Progress
+from kedge.progress import Interrupt, Progress, Stage
 from kedge.recipe import Recipe
 from kedge.rollout.engine import TorchEngine
 from kedge.rollout.given import as_prompts, as_rollouts
 from kedge.structs import Prompts, Rollouts, Sampling
 from kedge.trace.jsonl import append_json
 from kedge.trace.run_dir import RunDir
+
+LOG_EVERY = 10  # optimiser steps
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Context:
     def metric(self, stage: str, step: int, figures: dict[str, float]) -> None:
         """One line of metrics.jsonl."""
         append_json(self.run.metrics, {"stage": stage, "step": step, **figures})
+
+    def follow(self, shown: Stage, step: int, loss: float) -> None:
+        """After an optimiser step of a supervised stage: stop if asked to, show it, and keep every tenth."""
+        self.interrupt.check(f"{shown.name} step {step}")
+        shown.advance(step, loss=loss)
+        if step % LOG_EVERY == 0 or step == shown.total - 1:
+            self.metric(shown.name, step, {"loss": loss})
 
     def event(self, stage: str, step: int, event: str, message: str) -> None:
         """One line of events.jsonl, shown as well."""

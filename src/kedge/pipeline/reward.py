@@ -16,7 +16,7 @@ from kedge.errors import InputError, Problem
 from kedge.models.heads import set_score_normalisation
 from kedge.models.load import reward_model_from, save_model
 from kedge.pipeline.context import Context
-from kedge.pipeline.sft import LOG_EVERY, snapshots
+from kedge.pipeline.sft import snapshots
 from kedge.structs import Rollouts, Sampling
 from kedge.trace.jsonl import write_atomically
 from kedge.train.reward_model import Comparisons, examine, raw_scores, train_reward_model
@@ -63,13 +63,6 @@ def _steps(context: Context, training: Comparisons) -> int:
 def _train(context: Context, model: Any, training: Comparisons) -> None:
     reward = context.recipe.reward
     with context.progress.stage("reward", _steps(context, training)) as stage:
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            context.interrupt.check(f"reward step {step}")
-            stage.advance(step, loss=loss)
-            if step % LOG_EVERY == 0 or step == steps - 1:
-                context.metric("reward", step, {"loss": loss})
-
         train_reward_model(
             model,
             training,
@@ -77,7 +70,7 @@ def _train(context: Context, model: Any, training: Comparisons) -> None:
             batch_size=reward.batch_size,
             lr=reward.lr,
             seed=context.recipe.seed,
-            on_step=on_step,
+            on_step=lambda step, loss: context.follow(stage, step, loss),
         )
 
 

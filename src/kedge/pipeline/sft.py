@@ -15,8 +15,6 @@ from kedge.structs import Rollouts
 from kedge.train.schedule import seed_of
 from kedge.train.sft import heldout_loss, train_sft
 
-LOG_EVERY = 10
-
 
 def supervised(context: Context) -> None:
     """Train the policy on demonstrations and write `models/sft`; a model folder without demonstrations passes as is."""
@@ -60,10 +58,7 @@ def _train(context: Context, model: Any, shown: Rollouts) -> None:
     with context.progress.stage("sft", sft.steps) as stage:
 
         def on_step(step: int, loss: float) -> None:
-            context.interrupt.check(f"sft step {step}")
-            stage.advance(step, loss=loss)
-            if step % LOG_EVERY == 0 or step == sft.steps - 1:
-                context.metric("sft", step, {"loss": loss})
+            context.follow(stage, step, loss)
             if step + 1 in due:
                 save_model(model, context.tokenizer, due[step + 1])
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedge.errors import DivergenceError
 from kedge.ops.losses import bradley_terry
 from kedge.rollout.score import by_length, last_token_logits
 from kedge.structs import Rollouts
-from kedge.train.schedule import batches, cosine, seeded
+from kedge.train.descent import Descent
+from kedge.train.schedule import batches, seeded
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,22 @@ def train_reward_model(
     batch_size: int,
     lr: float,
     seed: int,
-    on_step: Callable[[int, int, float], None],
+    on_step: Callable[[int, float], None],
 ) -> None:
     """Train `model` in place; the loss is -(s log P + (1 - s) log(1 - P)) with s the share of votes for the chosen.
 
-    `on_step(step, steps, loss)` is called after every optimiser step.
+    `on_step(step, loss)` is called after every optimiser step.
     """
     model.eval()  # dropout stays off, as in every stage
     steps = epochs * -(-len(comparisons) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, eps=1e-5)
-    schedule = cosine(optimizer, steps, max(1, steps // 20))
+    descent = Descent(model, lr=lr, steps=steps, warmup=max(1, steps // 20), weight_decay=0.01)
     longest = torch.maximum(comparisons.chosen.lengths, comparisons.rejected.lengths)
     for step, index in enumerate(batches(longest, batch_size, steps, seeded(seed, "reward", 0))):
         margin = _raw(model, comparisons.chosen, index) - _raw(model, comparisons.rejected, index)
         share = comparisons.strength[index]
         loss = (share * bradley_terry(margin, 0 * margin) + (1 - share) * bradley_terry(0 * margin, margin)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(loss):
-            raise DivergenceError(f"reward-model loss is {loss.item()} at step {step} -> lower reward.lr")
-        optimizer.step()
-        schedule.step()
-        on_step(step, steps, loss.item())
+        descent.step(loss, f"reward step {step}", "lower reward.lr")
+        on_step(step, loss.item())
 
 
 def _raw(model: Any, rollouts: Rollouts, index: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Orders, seeds and learning rates: everything random in training is a function of (seed, purpose, step)."""
+"""Seeds and orders: everything random in training is a function of (seed, purpose, step)."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,15 +39,3 @@ def batches(lengths: Tensor, batch_size: int, steps: int, generator: torch.Gener
                 return
             yield parts[position]
             done += 1
-
-
-def cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over `warmup` steps, then a cosine down to a twentieth of the rate."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

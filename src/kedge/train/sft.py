@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from kedge.errors import DivergenceError
 from kedge.ops.logprobs import taken
 from kedge.ops.losses import token_nll
 from kedge.ops.masked import masked_mean
 from kedge.rollout.score import response_logprobs
 from kedge.structs import Rollouts
-from kedge.train.schedule import batches, cosine, seeded
+from kedge.train.descent import Descent
+from kedge.train.schedule import batches, seeded
 
 
 def train_sft(
@@ -32,20 +32,13 @@ def train_sft(
     `on_step(step, loss)` is called after every optimiser step. Raises `DivergenceError` on a loss that is not finite.
     """
     model.eval()  # dropout stays off: the same network must score and train
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, eps=1e-5)
-    schedule = cosine(optimizer, steps, warmup)
+    descent = Descent(model, lr=lr, steps=steps, warmup=warmup, weight_decay=0.0)
     expected_tokens = batch_size * float(demonstrations.lengths.float().mean())
     for step, index in enumerate(batches(demonstrations.lengths, batch_size, steps, seeded(seed, "sft", 0))):
         batch = demonstrations.rows(index)
         logprobs = taken(response_logprobs(model, batch, 1.0), batch.response_ids)
         loss = token_nll(logprobs, batch.response_mask, expected_tokens)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(loss):
-            raise DivergenceError(f"supervised loss is {loss.item()} at step {step} -> lower sft.lr")
-        optimizer.step()
-        schedule.step()
+        descent.step(loss, f"sft step {step}", "lower sft.lr")
         on_step(step, -masked_mean(logprobs.detach(), batch.response_mask).item())
 
 
