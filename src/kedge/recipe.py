@@ -99,6 +99,7 @@ class Sft(Section):
     batch_size: Count = Field(64, description="demonstrations per step")
     lr: Positive = Field(4e-3, description="highest learning rate, reached after the warm-up")
     warmup: Natural = Field(20, description="steps of linear warm-up before the cosine decay")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's; 0.1 to 1 where demonstrations are few")
 
 
 class Pairs(Section):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from processes import assert_same, kedge, manifest, ran, stage_lines
-from user_files import DEMONSTRATIONS, PREFERENCES, PROMPTS, bring, save_family, write
+from user_files import PREFERENCES, PROMPTS, bring, save_family, write
 
 from kedge import cli
 from kedge.data.split import is_held_out

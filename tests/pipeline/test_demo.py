@@ -108,7 +108,12 @@ def test_without_drift_there_is_one_act(small: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("within", "count"), [("drift/metrics.jsonl", 9), ("corrected/models/sft", 1), ("corrected/metrics.jsonl", 11)]
+    ("within", "count"),
+    [
+        pytest.param("drift/metrics.jsonl", 9, marks=pytest.mark.slow),
+        pytest.param("corrected/models/sft", 1, marks=pytest.mark.slow),
+        ("corrected/metrics.jsonl", 11),
+    ],
 )
 def test_a_demo_killed_in_either_act_goes_on(
     within: str, count: int, small: Small, told: tuple[Path, str], tmp_path: Path

@@ -64,9 +64,9 @@ def digest(model: torch.nn.Module) -> str:
 def test_only_policy_and_critic_move(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
+    from kedge.desk import world
     from kedge.models.load import load_policy, load_reward_model
     from kedge.pipeline import tasks
-    from kedge.desk import world
 
     module = sys.modules["kedge.pipeline.policy"]
     build, held, before = module._models, [], {}
@@ -129,9 +129,7 @@ def test_scores_are_normalised_on_the_references_answers(whole: Path, recipe: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kedge.pipeline.tasks.DESK_PROMPTS", 64)
         inputs = inputs_of(load(recipe))
-    context = Context(
-        load(recipe), RunDir(whole), inputs.task, inputs.tokenizer, Progress(quiet=True), Interrupt()
-    )
+    context = Context(load(recipe), RunDir(whole), inputs.task, inputs.tokenizer, Progress(quiet=True), Interrupt())
     prompts = context.encode_prompts(inputs.task.prompts.rows)
     policy = load_policy(whole / "models" / "sft")[0]
     answers = context.engine.generate(policy, prompts, Sampling(12), seeded(0, "normalise"))

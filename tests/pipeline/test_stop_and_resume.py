@@ -37,15 +37,15 @@ def killed_and_resumed(folder: Path, recipe: Path, stop: Stop, *settings: str) -
     [
         ("recipe.json", 1),  # a manifest but no run yet
         ("/metrics.jsonl", 2),  # in supervised fine-tuning
-        ("models/.sft.partial", 3),  # while its model is written
-        ("pairs.jsonl", 1),
+        pytest.param("models/.sft.partial", 3, marks=pytest.mark.slow),  # while its model is written
+        pytest.param("pairs.jsonl", 1, marks=pytest.mark.slow),
         ("/metrics.jsonl", 5),  # in the reward model
         ("/metrics.jsonl", 8),  # in the first policy step, after the evaluation before it, without a checkpoint
-        ("truth/", 3),  # between the two halves of an evaluation
+        pytest.param("truth/", 3, marks=pytest.mark.slow),  # between the two halves of an evaluation
         ("checkpoints/.step-000002", 2),  # in the first checkpoint
         ("/metrics.jsonl", 14),  # in the last step
-        ("models/.policy.partial", 2),
-        ("report.html", 1),
+        pytest.param("models/.policy.partial", 2, marks=pytest.mark.slow),
+        pytest.param("report.html", 1, marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed(within: str, count: int, whole: Path, recipe: Path, tmp_path: Path) -> None:
@@ -115,7 +115,13 @@ class _Counting:
 
 
 @pytest.mark.parametrize(
-    ("count", "where"), [(1, "sft step 1"), (4, "reward step 1"), (9, "policy step 2"), (11, "policy step 3")]
+    ("count", "where"),
+    [
+        (1, "sft step 1"),
+        pytest.param(4, "reward step 1", marks=pytest.mark.slow),
+        pytest.param(9, "policy step 2", marks=pytest.mark.slow),
+        (11, "policy step 3"),
+    ],
 )
 def test_interrupted_and_resumed(count: int, where: str, whole: Path, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -69,6 +69,7 @@ def _train(context: Context, model: Any, shown: Rollouts) -> None:
             batch_size=sft.batch_size,
             lr=sft.lr,
             warmup=sft.warmup,
+            weight_decay=sft.weight_decay,
             seed=context.recipe.seed,
             on_step=on_step,
         )

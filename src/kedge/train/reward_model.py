@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ def examine(model: Any, comparisons: Comparisons) -> RewardReport:
     scores = torch.stack([torch.cat([chosen, rejected]), torch.cat(lengths)])
     return RewardReport(
         accuracy=_agreement(margin, sign),
-        calibration_error=_calibration_error(torch.sigmoid(margin), sign > 0),
+        calibration_error=_calibration_error(margin, sign > 0),
         length_correlation=float(torch.corrcoef(scores)[0, 1]),
         length_only_accuracy=_agreement(length_margin, sign),
     )
@@ -95,10 +96,14 @@ def _agreement(margin: Tensor, sign: Tensor) -> float:
     return float(((margin * sign > 0).float() + 0.5 * (margin == 0).float()).mean())
 
 
-def _calibration_error(probability: Tensor, won: Tensor, bins: int = 10) -> float:
-    """Expected calibration error, both orders of each pair counted so that the base rate is one half."""
-    both = torch.cat([probability, 1 - probability])
-    outcome = torch.cat([won, ~won]).float()
-    order = both.argsort()
-    gaps = [(len(part), float((both[part].mean() - outcome[part].mean()).abs())) for part in order.tensor_split(bins)]
-    return sum(count * gap for count, gap in gaps if count) / len(order)
+def _calibration_error(margin: Tensor, won: Tensor, bins: int = 10) -> float:
+    """Expected calibration error, both orders of each pair counted so that the base rate is one half.
+
+    Equal predictions share their mean outcome; a bin that ends among them would else hold whichever came first.
+    """
+    both = torch.cat([margin, -margin])
+    _, group = both.unique(return_inverse=True)
+    outcome = (torch.bincount(group, torch.cat([won, ~won]).float()) / torch.bincount(group))[group]
+    gap = torch.sigmoid(both) - outcome
+    parts = both.argsort().tensor_split(bins)
+    return sum(abs(float(gap[part].sum())) for part in parts) / len(both) if len(both) else math.nan

@@ -24,6 +24,7 @@ def train_sft(
     batch_size: int,
     lr: float,
     warmup: int,
+    weight_decay: float,
     seed: int,
     on_step: Callable[[int, float], None],
 ) -> None:
@@ -32,7 +33,7 @@ def train_sft(
     `on_step(step, loss)` is called after every optimiser step. Raises `DivergenceError` on a loss that is not finite.
     """
     model.eval()  # dropout stays off: the same network must score and train
-    descent = Descent(model, lr=lr, steps=steps, warmup=warmup, weight_decay=0.0)
+    descent = Descent(model, lr=lr, steps=steps, warmup=warmup, weight_decay=weight_decay)
     expected_tokens = batch_size * float(demonstrations.lengths.float().mean())
     for step, index in enumerate(batches(demonstrations.lengths, batch_size, steps, seeded(seed, "sft", 0))):
         batch = demonstrations.rows(index)
