@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written(
     pipeline: Stub, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.access("/proc/version", os.F_OK):  # nobody can make a folder there, root included
-        assert cli.main(["demo", "--out", "/proc/kedge"]) in (1, 2)
+        assert cli.main(["demo", "--out", "/proc/kedge"]) == 2
         capsys.readouterr()
     monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
     assert cli.main(["demo", "--out", "d"]) == 2

@@ -200,13 +200,17 @@ def _open_folder(out: Path, *, resume: bool) -> None:
     """Make the folder of a run; refuse to write into what is already there, unless it is a run to go on with."""
     if out.exists() and not out.is_dir():
         raise InputError(Problem(str(out), "is a file, not a folder", "choose another --out"))
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not entry.name.endswith(".tmp") for entry in out.iterdir()):
         if not resume:
             remedy = "choose another --out, or go on with the run in it with --resume"
             raise InputError(Problem(str(out), "is not empty, and nothing is overwritten", remedy))
         if not _holds_run(out):
             raise InputError(Problem(str(out), "holds files but no run of Kedge to resume", "choose another --out"))
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"cannot be made: {(error.strerror or str(error)).lower()}"
+        raise InputError(Problem(str(out), what, OS_REMEDIES.get(error.errno or 0, "choose another --out"))) from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise InputError(Problem(str(out), "cannot be written", "change its permissions or choose another --out"))
 

@@ -156,7 +156,7 @@ def _status(context: Context) -> Iterator[None]:
         folder.update_manifest(status="failed")
         raise
     done = folder.read_manifest()["stages"]
-    folder.update_manifest(status="finished" if "policy" in done else "running")
+    folder.update_manifest(status="finished" if "policy" in done else "partial")
 
 
 def _carry_out(context: Context, stage: str) -> None:

@@ -48,11 +48,11 @@ class RunDir:
                 raise InputError(Problem(str(run.path), "the folder is not empty; nothing was overwritten", remedy))
             if occupied:
                 run.read_manifest()
+            run.update_manifest(schema=VERSION, status="running")  # first: with it, the folder is a run to resume
             for folder in (run.trace, run.checkpoints, run.models):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(run.path, error) from error
-        run.update_manifest(schema=VERSION, status="running")
         return run
 
     def step_file(self, step: int) -> Path:
