@@ -145,6 +145,7 @@ class Policy(Section):
     microbatch: Count = Field(256, description="rows per forward pass; changes memory, not the result")
     lr: Positive = Field(1e-3, description="learning rate of the policy")
     critic_lr: Positive = Field(1e-3, description="learning rate of the critic")
+    final_lr: Share = Field(0.1, description="both rates at the last step, as a share; linear in between")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
     gamma: Share = Field(1.0, description="discount per token")
     lam: Share = Field(0.95, description="lambda of generalised advantage estimation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -57,6 +56,7 @@ def run(controller: KlController, heads: int, steps: int, lr: float, final_lr: f
         critic_warmup=2,
         seed=0,
         eos_id=EOS,
+        final_lr=final_lr / lr,
     )
     state = State(0, controller)
     engine, reference = TorchEngine(EOS, PAD, batch=BATCH), TableModel(SPACE, TASK.reference)
@@ -66,9 +66,6 @@ def run(controller: KlController, heads: int, steps: int, lr: float, final_lr: f
     for step in loop:
         state = step.state
         assert step.stats.ratio_error[0, 0] < 1e-9
-        for optimizer in optimizers:
-            cosine = (1 + math.cos(math.pi * state.step / steps)) / 2
-            optimizer.param_groups[0]["lr"] = final_lr + (lr - final_lr) * cosine
     return policy.table.detach(), state
 
 

@@ -143,6 +143,7 @@ def _settings(context: Context) -> PolicySettings:
         critic_warmup=policy.critic_warmup,
         seed=context.recipe.seed,
         eos_id=context.eos_id,
+        final_lr=policy.final_lr,
     )
 
 

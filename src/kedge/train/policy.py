@@ -38,6 +38,7 @@ class PolicySettings:
     critic_warmup: int
     seed: int
     eos_id: int
+    final_lr: float = 1.0  # learning rates at the last step over those at the first
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def train_policy(
             scored, weights=weights, gamma=settings.gamma, lam=settings.lam, whiten=settings.whiten
         )
         clock.lap("score_s")
+        set_rates(learner, decayed(settings, number))
         variance = running_variance(state.return_variance, experience)
         try:
             stats = update(
@@ -109,6 +111,18 @@ def train_policy(
         controller = state.controller.observe(float(experience.channel("kl").mean()), len(rollouts))
         state = State(number + 1, controller, variance)
         yield Step(number, beta, experience, stats, state, clock.seconds)
+
+
+def decayed(settings: PolicySettings, step: int) -> float:
+    """The share of the first learning rates in force at `step`: linear from 1 to `final_lr`."""
+    return 1 - (1 - settings.final_lr) * step / max(1, settings.steps - 1)
+
+
+def set_rates(learner: Learner, share: float) -> None:
+    """Set both optimisers to `share` of the rates they were made with. A function of the step, so nothing to save."""
+    for optimizer in (learner.optimizer, learner.critic_optimizer):
+        for group in optimizer.param_groups if optimizer is not None else ():
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
 
 
 def require_finite_scores(scored: ScoredRollouts, step: int) -> None:
