@@ -16,10 +16,12 @@ from kedge.train.descent import cosine
 from kedge.train.policy import (
     PolicySettings,
     _calibrated,
+    decayed,
     prompt_batch,
     require_finite_scores,
     require_ratio_one,
     running_variance,
+    set_rates,
     trim,
 )
 from kedge.train.schedule import batches, seed_of, seeded
@@ -185,3 +187,14 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[4] == pytest.approx(2.0)
     assert all(earlier >= later for earlier, later in pairwise(rates[4:]))
     assert 0.1 <= rates[-1] < 0.15
+
+
+def test_rates_fall_in_a_straight_line_and_do_not_depend_on_the_steps_before() -> None:
+    settings = replace(SETTINGS, steps=5, final_lr=0.2)
+    assert [decayed(settings, step) for step in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert decayed(replace(settings, steps=1), 0) == 1.0
+    assert {decayed(SETTINGS, step) for step in range(5)} == {1.0}
+    of = learner(lr=3e-3)
+    for share in (0.5, 0.25):  # of the rate it was made with, not of the one before
+        set_rates(of, share)
+        assert [o.param_groups[0]["lr"] for o in (of.optimizer, of.critic_optimizer)] == [3e-3 * share] * 2
