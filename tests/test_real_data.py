@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from kedge import recipe as recipes
-from kedge.data.records import Message
+from kedge.data.records import Message, prompt_text
 from kedge.data.validate import load_demonstrations, load_preferences, load_prompts
 from kedge.errors import InputError
 
@@ -47,8 +47,9 @@ def test_the_recipe_reads_files_beside_it() -> None:
     recipe = recipes.load(RECIPE)
     assert (recipe.world, recipe.model.init) == ("files", "scratch")
     folder = RECIPE.parent / "data"
-    named = (recipe.data.demonstrations, recipe.data.preferences, recipe.data.prompts)
-    assert named == tuple(folder / f"{name}.parquet" for name in ("demonstrations", "preferences", "prompts"))
+    named = (recipe.data.demonstrations, recipe.data.preferences)
+    assert named == (folder / "demonstrations.parquet", folder / "preferences.parquet")
+    assert recipe.data.prompts is None  # a user with two files need not have a third
 
 
 def test_the_recipe_says_which_files_are_missing() -> None:
@@ -56,7 +57,6 @@ def test_the_recipe_says_which_files_are_missing() -> None:
     assert [problem.where.rpartition(": ")[2] for problem in problems] == [
         "data.demonstrations",
         "data.preferences",
-        "data.prompts",
     ]
 
 
@@ -86,8 +86,9 @@ def test_coffee_demonstrations_load_whole() -> None:
     loaded = load_demonstrations(DATA / COFFEE, max_rejected=0.0)
     assert (len(loaded.rows), loaded.total, len(loaded.rejected)) == (5853, 5853, 0)
     assert loaded.lines[-1].endswith("pairs.parquet:5853")
-    assert all(isinstance(turn, Message) for turn in loaded.rows[0].prompt)
-    assert {row.prompt[-1].role for row in loaded.rows} == {"user"}
+    last = [row.prompt[-1] for row in loaded.rows]
+    assert {turn.role for turn in last if isinstance(turn, Message)} == {"user"}
+    assert all(isinstance(turn, Message) for turn in last)
 
 
 @needs(SERVICES)
@@ -109,7 +110,7 @@ def test_rows_longer_than_the_context_are_named_by_row() -> None:
     from kedge.data.tokenise import train_tokenizer, within_context
 
     loaded = load_preferences(DATA / LABELS, max_rejected=0.0)
-    tokenizer = train_tokenizer([turn.content for row in loaded.rows for turn in row.prompt], vocab=400)
+    tokenizer = train_tokenizer([prompt_text(row.prompt) for row in loaded.rows], vocab=400)
     kept = within_context(tokenizer, loaded, context=512, max_rejected=1.0)
     assert len(kept.rows) + len(kept.rejected) == 554
     assert kept.rejected
