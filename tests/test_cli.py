@@ -93,7 +93,7 @@ def test_run_calls_every_stage(pipeline: Stub, recipe: Path, capsys: pytest.Capt
     assert call.stages == ("sft", "reward", "policy", "evaluate")
     assert call.recipe_text == 'name = "mine"\n'
     assert call.resume is False
-    assert capsys.readouterr().out == "score: 1.5\nreport: r.html\n"
+    assert capsys.readouterr().out == "score: 1.500\nreport: r.html\n"
 
 
 @pytest.mark.parametrize(

@@ -190,10 +190,17 @@ def _execute(work: Callable[[Progress, Interrupt], dict[str, Any]], *, as_json: 
     if as_json:
         typer.echo(json.dumps(_plain(result), allow_nan=False))
         return
-    for line in lines or [f"{name}: {value}" for name, value in _plain(result).items() if name != "report"]:
+    for line in lines or [f"{name}: {_shown(value)}" for name, value in result.items() if name != "report"]:
         typer.echo(line)
     if result.get("report"):
         typer.echo(f"report: {result['report']}")
+
+
+def _shown(value: Any) -> str:
+    """A figure, or one at the reference, at its best and at the end, for people."""
+    if isinstance(value, (list, tuple)):
+        return " -> ".join(map(_shown, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _open_folder(out: Path, *, resume: bool) -> None:

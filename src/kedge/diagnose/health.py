@@ -51,9 +51,11 @@ KL_TARGET = Range((0.5, 1.5), (0.2, 3.0))
 LENGTH = Range((0.5, 1.3), (0.4, 1.5))
 ENTROPY = Range((0.5, 1.5), (0.25, 2.5))
 ENDED = Range((0.9, 1.0), (0.75, 1.0))
-CLIP = Range((0.01, 0.3), (0.0, 0.5))
+CLIP = Range((0.002, 0.3), (0.0, 0.5))
 FIRST_RATIO = Range((0.0, 1e-3), (0.0, 2e-2))
 EXPLAINED = Range((0.2, 1.0), (0.0, 1.0))
+ANCHOR = Range((0.0, 1.1), (0.0, 2.0))
+REWARD_MODEL = Range((0.55, 1.0), (0.5, 1.0))
 
 
 def marks(run: Run) -> tuple[Mark, ...]:
@@ -66,7 +68,9 @@ def marks(run: Run) -> tuple[Mark, ...]:
         _entropy(policy, evaluation),
         _simple("ended within the budget", _late(policy, "length/ended"), "share", ENDED, "0.9 to 1",
                 "Answers that run into the token budget are scored unfinished."),
-        _simple("clip fraction", _late(policy, "policy/clip_fraction"), "share", CLIP, "0.01 to 0.3",
+        _anchor(evaluation),
+        _reward_model(run.metrics("reward")),
+        _simple("clip fraction", _mean(policy, "policy/clip_fraction"), "share", CLIP, "0.002 to 0.3",
                 "Near 0 the steps are too small to be clipped; above 0.3 most of each step is thrown away."),
         _simple("first-ratio error", _largest(policy, "policy/first_ratio_error"), "1", FIRST_RATIO, "up to 0.001",
                 "Before the first update the ratio is 1; more means dropout, other kernels or a stale policy."),
@@ -117,6 +121,24 @@ def _entropy(policy: Mapping[str, Series], evaluation: Mapping[str, Series]) -> 
     return _simple("entropy over its start", value, "1", ENTROPY, "0.5 to 1.5", why)
 
 
+def _anchor(evaluation: Mapping[str, Series]) -> Mark:
+    found = evaluation.get("evaluation/anchor_loss")
+    known = found is not None and len(found.values) > 1 and found.values[0] > 0
+    value = float(found.values[-1] / found.values[0]) if found is not None and known else None
+    why = "Text that people wrote becomes less likely as the policy settles on one style; far more, and language goes."
+    return _simple("anchor loss over its start", value, "1", ANCHOR, "up to 1.1", why)
+
+
+def _reward_model(reward: Mapping[str, Series]) -> Mark:
+    value, length = _last(reward, "heldout/accuracy"), _last(reward, "heldout/length_only_accuracy")
+    status = REWARD_MODEL.status(value)
+    if status == "ok" and value is not None and length is not None and value <= length:
+        status = "look"
+    why = "A model at chance, or no better than preferring the longer answer, has not learnt what people meant."
+    healthy = "above 0.55 and above longer-wins" + (f" ({length:.2f})" if length is not None else "")
+    return Mark("reward model, held-out accuracy", value, "share", status, healthy, why)
+
+
 def _explained(policy: Mapping[str, Series]) -> float | None:
     heads = ("score", "scalar", "critic")
     found = (_late(policy, f"value/explained_variance.{head}") for head in heads)
@@ -129,6 +151,10 @@ def _last(metrics: Mapping[str, Series], name: str) -> float | None:
 
 def _largest(metrics: Mapping[str, Series], name: str) -> float | None:
     return float(np.max(metrics[name].values)) if name in metrics else None
+
+
+def _mean(metrics: Mapping[str, Series], name: str) -> float | None:
+    return float(np.mean(metrics[name].values)) if name in metrics else None
 
 
 def _late(metrics: Mapping[str, Series], name: str) -> float | None:

@@ -58,7 +58,9 @@ def frontier(acts: Sequence[Act]) -> str:
                 dashed = len(acts) > 1 and name == "gold"
                 tone = act.tone if len(acts) > 1 else tone
                 lines.append(Line(title, root[at], found.values[same], tone, dashed=dashed))
-    return line_chart("Score and gold against √KL", lines, x="√KL per response, √nats", y="score, gold", zero=True)
+    known = any(act.view.truth for act in acts)
+    title, y = ("Score and gold against √KL", "score, gold") if known else ("Score against √KL", "score")
+    return line_chart(title, lines, x="√KL per response, √nats", y=y, zero=True)
 
 
 def margin_charts(view: View) -> list[str]:

@@ -153,7 +153,7 @@ def _terciles(view: View) -> list[dict[str, Any]]:
     for index, name in enumerate(_TERCILES):
         values = {key: (view.first(path.format(index)), view.last(path.format(index))) for key, path in columns.items()}
         if any(last is not None for _, last in values.values()):
-            rows.append({"name": name, **values})
+            rows.append({"name": name, "known": bool(view.truth), **values})
     return rows
 
 
