@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedge.ops.losses import bradley_terry
+from kedge.ops.losses import bradley_terry, preference_probability
 from kedge.rollout.score import by_length, last_token_logits
 from kedge.structs import Rollouts
 from kedge.train.descent import Descent
@@ -104,6 +104,6 @@ def _calibration_error(margin: Tensor, won: Tensor, bins: int = 10) -> float:
     both = torch.cat([margin, -margin])
     _, group = both.unique(return_inverse=True)
     outcome = (torch.bincount(group, torch.cat([won, ~won]).float()) / torch.bincount(group))[group]
-    gap = torch.sigmoid(both) - outcome
+    gap = preference_probability(both, torch.zeros_like(both)) - outcome
     parts = both.argsort().tensor_split(bins)
     return sum(abs(float(gap[part].sum())) for part in parts) / len(both) if len(both) else math.nan
