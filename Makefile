@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 ARGS ?=
 # One thread a process: the tests run $(JOBS) processes, and tiny models are slower with more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x --timeout 300 -n $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x -rs --timeout 300 -n $(JOBS) --dist loadfile
 
 .PHONY: help setup demo test slow lint types imports check mutate clean
 .DEFAULT_GOAL := help

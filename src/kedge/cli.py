@@ -170,9 +170,10 @@ def _run_stages(
         folder = Path("runs") / loaded.name if out is None else out
         _open_folder(folder, resume=resume)
         text = path.read_text(encoding="utf-8-sig")
-        return pipeline.run(
+        result = pipeline.run(
             loaded, folder, recipe_text=text, stages=stages, resume=resume, progress=progress, interrupt=interrupt
         )
+        return result | ({"lines": pipeline.lines(loaded.name, result)} if "proxy" in result else {})
 
     _execute(work, as_json=as_json)
 

@@ -2,5 +2,6 @@
 
 from kedge.pipeline.demo import demo
 from kedge.pipeline.run import STAGES, run
+from kedge.pipeline.summary import lines
 
-__all__ = ["STAGES", "demo", "run"]
+__all__ = ["STAGES", "demo", "lines", "run"]

@@ -10,6 +10,7 @@ from typing import Any
 from kedge import recipe as recipes
 from kedge.diagnose.correction import propose
 from kedge.pipeline.run import run
+from kedge.pipeline.summary import lines
 from kedge.progress import Interrupt, Progress
 from kedge.report.html import write_comparison
 from kedge.trace.jsonl import write_atomically
@@ -36,27 +37,14 @@ def demo(out: Path, *, seed: int, resume: bool, progress: Progress, interrupt: I
     write_atomically(out / "proposal.json", (json.dumps(proposal.to_dict(), indent=2) + "\n").encode())
     result: dict[str, Any] = {"drift": drift, "corrected": None, "run_dir": str(out), "proposal": proposal.to_dict()}
     if not proposal.overrides:
-        return result | {"report": drift["report"], "lines": [_line("run", drift), *proposal.words]}
+        return result | {"report": drift["report"], "lines": [*lines("drift", drift), *proposal.words]}
     progress.note(f"act two: the same start with {', '.join(proposal.overrides)}")
     corrected = act(second, "corrected", proposal.overrides, start=first)
     report = write_comparison(first, second, out / "report.html", proposal)
-    lines = [
-        "reference -> at the highest gold -> final, on the fixed evaluation set",
-        _line("drift", drift),
-        _line("corrected", corrected),
+    shown = [
+        *lines("drift", drift),
+        lines("corrected", corrected)[1],
         f"why: {proposal.words[0]}",
         f"what changed: {', '.join(proposal.overrides)}",
     ]
-    return result | {"corrected": corrected, "report": str(report), "lines": lines}
-
-
-def _line(name: str, figures: dict[str, Any]) -> str:
-    """One run in a line: gold, score, KL and length from reference to end."""
-
-    def path(key: str, digits: int) -> str:
-        return " -> ".join(f"{value:.{digits}f}" for value in figures[key])
-
-    return (
-        f"{name:<9}  gold {path('gold', 2)}   score {path('proxy', 2)}   "
-        f"KL {path('kl_per_sequence', 1)} nats   length {path('length', 1)} tokens"
-    )
+    return result | {"corrected": corrected, "report": str(report), "lines": shown}

@@ -13,6 +13,12 @@ _FIGURES = {
     "kl_per_sequence": "evaluation/kl_per_sequence",
     "length": "evaluation/length",
 }
+_SHOWN = (
+    ("gold", "gold", 2, ""),
+    ("proxy", "score", 2, ""),
+    ("kl_per_sequence", "KL", 1, " nats"),
+    ("length", "length", 1, " tokens"),
+)
 
 
 def summary(folder: RunDir, stages: Sequence[str]) -> dict[str, Any]:
@@ -27,6 +33,20 @@ def summary(folder: RunDir, stages: Sequence[str]) -> dict[str, Any]:
     if "evaluate" in stages:
         result["report"] = str(folder.report)
     return result
+
+
+def lines(name: str, found: dict[str, Any]) -> list[str]:
+    """What the figures of a run say to people, in two lines."""
+    columns = [f"{label} {_path(found[key], digits)}{unit}" for key, label, digits, unit in _SHOWN if key in found]
+    middle = "gold" if "gold" in found else "score"
+    return [
+        f"reference -> at the highest {middle} -> final, on the fixed evaluation set",
+        f"{name:<9}  {'   '.join(columns)}",
+    ]
+
+
+def _path(values: Sequence[float], digits: int) -> str:
+    return " -> ".join(f"{value:.{digits}f}" for value in values)
 
 
 def figures(folder: RunDir, evaluations: list[dict[str, Any]]) -> dict[str, list[float]]:
