@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ def carry_out(job: tuple[str, int, Path]) -> dict[str, Any]:
     scenario, seed, out = job
     folder = out / f"{scenario}-{seed}"
     if not (folder / "result.json").exists():
-        began = time.monotonic()
         if scenario == "corrected":
             code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import desk_drift; "
             code += f"desk_drift.correct({str(out)!r}, {seed})"
@@ -43,7 +41,7 @@ def carry_out(job: tuple[str, int, Path]) -> dict[str, Any]:
                 command += ["--set", setting]
             command += ["--resume"] if folder.exists() else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        result = figures(folder) | {"scenario": scenario, "seed": seed, "seconds": time.monotonic() - began}
+        result = figures(folder) | {"scenario": scenario, "seed": seed}
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return json.loads((folder / "result.json").read_text())
 
