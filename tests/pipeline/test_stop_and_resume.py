@@ -86,7 +86,9 @@ def test_killed_with_a_scalar_critic_and_a_gpt2(recipe: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_killed_before_any_change_to_the_disk(whole: Path, recipe: Path, tmp_path: Path) -> None:
     """Every place at which a kill could leave the folder in another state, in steps with a random start."""
-    ran(tmp_path, "run", recipe, "--out", tmp_path / "counted" / "run", prepare=_Counting(tmp_path / "counted"))
+    counted = tmp_path / "counted" / "run"
+    counted.parent.mkdir()  # as below, so that making it is no change to count
+    ran(tmp_path, "run", recipe, "--out", counted, prepare=_Counting(counted))
     total = int((tmp_path / "changes.txt").read_text())
     assert total > 100
     for count in range(random.randrange(1, 4), total + 1, 4):
