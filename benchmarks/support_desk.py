@@ -254,7 +254,10 @@ def _language_table(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {row['rows']} | {row['tokens']:,} | {values} |")
     sft = found["sft"]
     lines += ["", f"The run logged {sft['heldout/perplexity']:.2f} for the policy and "]
-    lines[-1] += f"{sft['heldout/trigram_perplexity']:.2f} for the 3-gram model (interpolated Kneser-Ney)."
+    lines[-1] += f"{sft['heldout/trigram_perplexity']:.2f} for the 3-gram model (interpolated Kneser-Ney). "
+    lines[-1] += (
+        "The recipe's settings were chosen on the first row's prompts; the second row took no part in the choice."
+    )
     return "\n".join(lines)
 
 
