@@ -1,6 +1,7 @@
 """The frozen structs that the loop turns into one another, with their shape checks.
 
-Dimensions: B responses, P prompt tokens, T response tokens, C channels. Structs stay padded: prompts on the left,
+Dimensions: B responses, P prompt tokens, T response tokens, C channels, N judged items of up to K
+responses. Structs stay padded: prompts on the left,
 responses on the right; only `train.update` rearranges rows.
 """
 
@@ -110,6 +111,45 @@ class Rollouts:
             group_id=self.group_id[index],
             behaviour_logprobs=self.behaviour_logprobs[index, :stop],
         )
+
+
+@dataclass(frozen=True)
+class Judgments:
+    """What annotators said of responses: N items, each of up to K responses to one prompt, scored and learnt together.
+
+    Pairs and rankings hold the best first. `grades` are higher for better: votes as shares for pairs (s, 1 - s), minus
+    the rank for rankings, the rating for ratings, 1 or 0 for verdicts. `margin` is how much better the first of a pair
+    is, in the annotators' grades; 0 where nobody said. Entries of padding (`index` -1) are 0.
+    """
+
+    responses: Rollouts  # [M]
+    index: Tensor  # [N, K] int64: rows of `responses`, -1 is padding
+    grades: Tensor  # [N, K] float
+    margin: Tensor  # [N] float, >= 0
+
+    def __post_init__(self) -> None:
+        items, width = self.index.shape
+        _shape("grades", self.grades, items, width)
+        _shape("margin", self.margin, items)
+        _expect(bool((self.index[:, :1] >= 0).all()), "every item needs at least one response")
+        _expect(int(self.index.max()) < len(self.responses) if items else True, "index points past the responses")
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """[N, K] bool: true where there is a response."""
+        return self.index >= 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N, K] int64: tokens of each response, 0 on padding."""
+        return self.responses.lengths[self.index.clamp(min=0)] * self.mask
+
+    def rows(self, index: Tensor) -> Judgments:
+        """The items at `index`; the responses stay whole."""
+        return Judgments(self.responses, self.index[index], self.grades[index], self.margin[index])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the stages train on: prompts, demonstrations, preferences, and the report of reading them."""
+"""What the stages train on: prompts, demonstrations, judgments of four kinds, and the report of reading them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,53 @@ class Demonstration:
 class Preference:
     """Two responses to one prompt and who preferred which.
 
-    `strength` is the share of votes for `chosen`, in [0, 1]: 1 is unanimous, 0.5 a tie.
+    `strength` is the share of votes for `chosen`, in [0, 1]: 1 is unanimous, 0.5 a tie; `votes` are those for chosen,
+    for rejected and for neither, where they were counted. `margin` says how much better, in the annotators' own grades.
+    `shown` is the place, 1 or 2, at which the annotator saw `chosen`; 0 where nobody knows.
     """
 
     prompt: Prompt
     chosen: str
     rejected: str
     strength: float = 1.0
+    margin: float | None = None
+    votes: tuple[int, int, int] | None = None
+    annotator: str | None = None
+    shown: int = 0
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Two or more responses to one prompt, best first; `ranks` starts at 0 and never falls, equal ranks are ties."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+    annotator: str | None = None
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One response and the number an annotator gave it; higher is better."""
+
+    prompt: Prompt
+    response: str
+    rating: float
+    annotator: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One response, called good or bad."""
+
+    prompt: Prompt
+    response: str
+    good: bool
+    annotator: str | None = None
+
+
+Judgment = Preference | Ranking | Rating | Verdict
+"""What an annotator can say of responses; a file holds one kind."""
 
 
 @dataclass(frozen=True)

@@ -106,19 +106,19 @@ def _sampled_pairs(context: Context) -> list[Preference]:
 
 
 def _candidates(context: Context, policy: Any, texts: Sequence[Prompt], index: int) -> list[tuple[Prompt, str, str]]:
-    """For each prompt the first two different of `pairs.best_of` answers; prompts with only one answer drop out."""
+    """For each prompt the first two different of `pairs.candidates` answers; prompts with only one answer drop out."""
     pairs = context.recipe.pairs
     if not texts:
         return []
     prompts = context.encode_prompts(texts)
-    repeated = prompts.rows(torch.arange(len(prompts)).repeat_interleave(pairs.best_of))
+    repeated = prompts.rows(torch.arange(len(prompts)).repeat_interleave(pairs.candidates))
     sampling = Sampling(context.sampling.max_new_tokens, pairs.temperature, pairs.top_p)
     answers = context.text(
         context.engine.generate(policy, repeated, sampling, seeded(context.recipe.seed, "pairs", index))
     )
     found = []
     for row, text in enumerate(texts):
-        distinct = list(dict.fromkeys(answers[row * pairs.best_of : (row + 1) * pairs.best_of]))
+        distinct = list(dict.fromkeys(answers[row * pairs.candidates : (row + 1) * pairs.candidates]))
         if len(distinct) > 1:
             found.append((text, distinct[0], distinct[1]))
     return found
