@@ -166,12 +166,12 @@ def pairs(run: Path, source: Path) -> dict[str, Any]:
 
     from kedge.data.split import is_held_out
     from kedge.data.tokenise import encode_prompt, encode_response
-    from kedge.models.load import load_reward_model
+    from kedge.models.reward import load_reward_model
     from kedge.rollout.given import as_rollouts
-    from kedge.train.reward_model import raw_scores
+    from kedge.rollout.reward import scores
 
     recipe, inputs = _inputs(run)
-    tokenizer, given = inputs.tokenizer, inputs.task.preferences
+    tokenizer, given = inputs.tokenizer, inputs.task.judgments
     model = load_reward_model(run / "models" / "reward")
     table = parquet.read_table(source, columns=["group", "kinds", "domain"]).to_pylist()
     notes = [table[int(line.rpartition(":")[2]) - 1] for line in given.lines]
@@ -182,8 +182,8 @@ def pairs(run: Path, source: Path) -> dict[str, Any]:
     prompts = [encode_prompt(tokenizer, row.prompt) for row, _ in rows]
     margins: dict[str, list[float]] = {}
     sides = [[encode_response(tokenizer, getattr(row, side)) for row, _ in rows] for side in ("chosen", "rejected")]
-    scores = [raw_scores(model, as_rollouts(prompts, side, tokenizer.pad_token_id)).tolist() for side in sides]
-    margins["reward_model"] = [better - worse for better, worse in zip(*scores, strict=True)]
+    given_scores = [scores(model, as_rollouts(prompts, side, tokenizer.pad_token_id)).tolist() for side in sides]
+    margins["reward_model"] = [better - worse for better, worse in zip(*given_scores, strict=True)]
     margins["longer"] = [len(better) - len(worse) for better, worse in zip(*sides, strict=True)]
     text = [note["kinds"] == "text>text" for _, note in rows]
     parts = {
@@ -202,7 +202,7 @@ def pairs(run: Path, source: Path) -> dict[str, Any]:
 
 def _accuracy(margins: Sequence[float]) -> dict[str, float]:
     """Share of pairs with a positive margin, a margin of 0 counting half, with Wilson's 95% interval."""
-    from kedge.evaluate.policy import wilson
+    from kedge.evaluate.intervals import wilson
 
     if not margins:
         return {"pairs": 0}

@@ -120,7 +120,9 @@ def test_overrides_beat_the_file_and_the_last_one_wins() -> None:
 )
 def test_every_default_may_be_written_out(key: recipe.Key) -> None:
     written = str(key.default).lower() if isinstance(key.default, bool) else str(key.default)
-    assert recipe.parse("", [f"{key.name}={written}"]) == Recipe()
+    own, needed = ("regex", "pattern") if key.name.endswith(".function") else ("python", "function")
+    text = f"[rewards.polite]\nkind = '{own}'\n{needed} = 'a:b'" if ".NAME." in key.name else ""
+    assert recipe.parse(text, [f"{key.name.replace('NAME', 'polite')}={written}"]) == recipe.parse(text)
 
 
 def test_build_takes_nested_settings() -> None:
@@ -164,6 +166,21 @@ def test_files_that_are_not_there_are_all_named(tmp_path: Path) -> None:
     assert [problem.where for problem in problems] == ["mine.toml: data.demonstrations", "mine.toml: model.init"]
     assert str(tmp_path / "d.csv") in problems[0].what
     assert recipe.missing_files(Recipe()) == []
+
+
+def test_files_with_functions_start_at_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(
+        "[rewards.one]\nkind = 'python'\nfunction = 'judge.py:f'\n"
+        "[rewards.two]\nkind = 'python'\nfunction = 'os.path:f'"
+    )
+    loaded = recipe.load(path)
+    assert loaded.rewards["one"].function == f"{tmp_path / 'judge.py'}:f"
+    assert loaded.rewards["two"].function == "os.path:f"
+    (problem,) = recipe.missing_files(loaded, "r.toml")
+    assert problem.where == "r.toml: rewards.one.function"
+    (tmp_path / "judge.py").touch()
+    assert recipe.missing_files(loaded) == []
 
 
 # What is refused
@@ -216,7 +233,7 @@ def test_every_problem_is_reported_at_once_with_line_key_value_range_and_remedy(
         ("[policy]\nwhiten = 'true'", "policy.whiten", "true or false"),
         ("[policy]\ncritic = 'vector'", "policy.critic", '"channels" or "scalar"'),
         ("[policy]\nsteps = [1, 2]", "policy.steps", "a whole number"),
-        ("[pairs]\nbest_of = 1", "pairs.best_of", ">= 2"),
+        ("[pairs]\ncandidates = 1", "pairs.candidates", ">= 2"),
         ("[data]\nholdout = 1.0", "data.holdout", "< 1"),
         ("[data]\ntext = ''", "data.text", "a path"),
         ("[data]\ntext = 3", "data.text", "a path"),
@@ -320,6 +337,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes | None) -> None
         ("[policy.kl]\nmode = 'adaptive'\nbeta = 0", (), ["mine.toml:3: policy.kl.beta"]),
         ("[sft]\nsteps = 1\n[pairs]\ncheckpoints = 2", (), ["mine.toml:4: pairs.checkpoints"]),
         ("[data]\ntext = 'a.txt'", (), ["mine.toml:2: data.text"]),
+        ("[pairs]\nmethod = 'beam'\ntop_p = 0.9", (), ["mine.toml:3: pairs.top_p"]),
         ("world = 'files'", (), ["mine.toml: data.preferences", "mine.toml: data.demonstrations"]),
         (
             "world = 'files'\n[desk]\ndemonstrations = 3\n[data]\npreferences = 'p'\n[model]\ninit = 'm'",
@@ -334,6 +352,57 @@ def test_what_no_single_key_shows(text: str, overrides: tuple[str, ...], keys: l
     assert all(problem.remedy for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("lines", "key", "what"),
+    [
+        ("weight = 2", "rewards.polite.kind", "is missing"),
+        ("kind = 'python'", "rewards.polite.function", "is missing: a python reward needs it"),
+        ("kind = 'regex'", "rewards.polite.pattern", "is missing"),
+        ("kind = 'http'", "rewards.polite.url", "is missing"),
+        ("kind = 'python'\nfunction = 'judge.py'", "rewards.polite.function", "names no function"),
+        ("kind = 'python'\nfunction = ':f'", "rewards.polite.function", "names no function"),
+        ("kind = 'python'\nfunction = 'a b:f'", "rewards.polite.function", "names no function"),
+        ("kind = 'python'\nfunction = 'a.b:f()'", "rewards.polite.function", "names no function"),
+        ("kind = 'python'\nfunction = '.a:f'", "rewards.polite.function", "names no function"),
+        (
+            "kind = 'regex'\npattern = 'ab(c'",
+            "rewards.polite.pattern",
+            "missing ), unterminated subpattern at position 2",
+        ),
+        ("kind = 'regex'\npattern = 'a{99999999999}'", "rewards.polite.pattern", "the repetition number is too large"),
+        ("kind = 'regex'\npattern = '\\l'", "rewards.polite.pattern", "bad escape"),
+        ("kind = 'http'\nurl = 'ftp://a/b'", "rewards.polite.url", "not the address of an HTTP service"),
+        ("kind = 'http'\nurl = 'localhost:80/b'", "rewards.polite.url", "not the address"),
+        ("kind = 'http'\nurl = 'http://:80/b'", "rewards.polite.url", "not the address"),
+        ("kind = 'http'\nurl = 'http://a:99999/b'", "rewards.polite.url", "not the address"),
+        ("kind = 'http'\nurl = 'http://[::1/b'", "rewards.polite.url", "not the address"),
+        ('kind = "http"\nurl = "http://a/\\n"', "rewards.polite.url", "not the address"),
+        ("kind = 'regex'\npattern = 'a'\nretries = 1", "rewards.polite.retries", "is not read by a regex reward"),
+        ("kind = 'http'\nurl = 'http://a'\nfunction = 'a:b'", "rewards.polite.function", "is not read"),
+    ],
+)
+def test_rewards_that_cannot_be(lines: str, key: str, what: str) -> None:
+    problem = only(refused(f"[rewards.polite]\n{lines}"))
+    assert problem.where.rpartition(" ")[2] == key
+    assert what in problem.what and problem.remedy
+
+
+@pytest.mark.parametrize("name", ["score", "kl", "length", "missing_eos", "critic", "whitening"])
+def test_the_names_of_built_in_channels_are_taken(name: str) -> None:
+    problem = only(refused(f"[rewards.{name}]\nkind = 'regex'\npattern = 'a'"))
+    assert problem.where == f"mine.toml:1: rewards.{name}"
+
+
+@pytest.mark.parametrize("name", ["Polite", "a-b", "9x", '"a.b"', '""', '"é"'])
+def test_names_of_rewards_are_plain(name: str) -> None:
+    assert "is no name" in only(refused(f"[rewards.{name}]\nkind = 'regex'\npattern = 'a'")).what
+
+
+def test_a_secret_in_an_address_is_not_told() -> None:
+    problem = only(refused("[rewards.a]\nkind = 'http'\nurl = 'gopher://me:hush@host/'"))
+    assert "hush" not in str(problem)
+
+
 def test_a_gpt2_head_may_have_odd_width() -> None:
     assert recipe.parse("", ["model.family=gpt2", "model.hidden=12"]).model.hidden == 12
 
@@ -343,12 +412,15 @@ def test_a_gpt2_head_may_have_odd_width() -> None:
 def test_exactly_the_wrong_keys_are_named(names: set[str]) -> None:
     """A list fits nowhere: whichever keys hold one, those and no others are reported."""
     nested: dict[str, object] = {}
+    names = {name.replace("NAME", "polite") for name in names}
     for name in names:
         *sections, last = name.split(".")
         table = nested
         for section in sections:
             table = table.setdefault(section, {})  # type: ignore[assignment]
         table[last] = [1]
+    if "rewards" in nested and "rewards.polite.kind" not in names:
+        nested["rewards"]["polite"]["kind"] = "regex"  # type: ignore[index]
     with pytest.raises(InputError) as caught:
         recipe.build(nested)
     assert {problem.where for problem in caught.value.problems} == {f"recipe: {name}" for name in names}
@@ -376,16 +448,16 @@ def test_the_documentation_lists_exactly_the_keys() -> None:
 def _row(key: recipe.Key) -> str:
     section, _, name = key.name.rpartition(".")
     shown = str(key.default).lower() if isinstance(key.default, bool) else str(key.default)
-    default = "" if key.default is None else f"`{shown}`"
+    default = "" if key.default in (None, "") else f"`{shown}`"
     return f"{section + '.' if section else ''}`{name}` | {key.allowed} | {default} | {key.meaning} |"
 
 
 def test_every_key_is_read_somewhere() -> None:
-    """A setting that no code reads is a lie; its name must appear as an attribute that is read outside recipe.py."""
+    """A setting that no code reads is a lie; its name must appear as an attribute that is read outside of `recipe`."""
     read = {
         node.attr
         for path in SOURCES.rglob("*.py")
-        if path != SOURCES / "recipe.py"
+        if SOURCES / "recipe" not in path.parents
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }

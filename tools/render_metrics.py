@@ -20,8 +20,9 @@ Everything a run counts, with its unit. `tools/render_metrics.py` writes this pa
 
 A name says what is averaged: `per_token` and `per_sequence` are different quantities, and KL names its estimator:
 k1 = log policy − log reference on the token drawn, k3 = exp(−k1) − 1 + k1. `<channel>` stands for a reward channel
-(`score`, `kl`, `length`, `missing_eos`), `<head>` for a head of the critic (the channels, or `critic` where it has only
-one), `<i>` for a tercile of the reference's length (0: prompts on which the reference is briefest).
+(`score`, `kl`, `length`, `missing_eos`, and the names of [rules](rewards.md)), `<head>` for a head of the critic (the
+channels, or `critic` where it has only one), `<i>` for a tercile of the reference's length (0: prompts on which the
+reference is briefest).
 """
 STAGES = {
     "sft": ("Supervised fine-tuning", "`metrics.jsonl`, stage `sft`; `heldout/…` once, at the end"),

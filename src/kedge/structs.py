@@ -8,7 +8,7 @@ responses on the right; only `train.update` rearranges rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -162,6 +162,20 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """A reward model's score of each response and what tells how far to trust it."""
+
+    score: Tensor  # [B] what counts as reward
+    members: Tensor  # [B, M] each member's score, normalised
+    distance: Tensor | None  # [B] from the training data, Mahalanobis; None where those are not known
+
+    def __post_init__(self) -> None:
+        _shape("members", self.members, len(self.score), self.members.shape[-1])
+        if self.distance is not None:
+            _shape("distance", self.distance, len(self.score))
+
+
+@dataclass(frozen=True)
 class ScoredRollouts:
     """Rollouts with the policy's, the reference's, the critic's and the rewarders' opinion of them."""
 
@@ -170,6 +184,7 @@ class ScoredRollouts:
     reference: TokenScores
     scores: Mapping[str, Tensor]  # terminal rewards by channel, [B], each in its own unit
     values: Tensor | None = None  # [B, T, heads] in channel units, the value before token t; None without a critic
+    opinions: Mapping[str, Opinion] = field(default_factory=dict)  # by channel, of those that a reward model fills
 
     def __post_init__(self) -> None:
         shape = tuple(self.rollouts.response_ids.shape)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kedge.data.files import read_rows
+from kedge.data.files import lines_at_most, new_file, read_rows
 from kedge.errors import InputError, Problem
 
 ROWS = [{"prompt": "Where is it?", "response": "Here.\nReally."}, {"prompt": 'ünï 🎉, "quoted"', "response": ""}]
@@ -203,3 +203,49 @@ def test_saved_datasets(tmp_path):
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
     assert "several splits: train" in refused(tmp_path / "splits")
     assert list(read_rows(tmp_path / "splits" / "train")) == list(enumerate(ROWS, start=1))
+
+
+def test_the_lines_that_an_open_quote_takes_along_are_reported(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('a,b\n1,2\n"3,4\n5,6\n7,"8"\n9,10\n')
+    rows = dict(read_rows(path))
+    assert rows[2] == {"a": "1", "b": "2"} and rows[6] == {"a": "9", "b": "10"}
+    assert "not readable as CSV" in rows[3].what
+    assert [rows[number].what for number in (4, 5)] == ["part of the unusable row that begins on line 3"] * 2
+    path.write_text('a,b\n1,2\n3,"4\n5,6\n')
+    assert [number for number, row in read_rows(path) if isinstance(row, Problem)] == [3, 4]
+    path.write_text('a,b\n"two\nlines"\n1,2\n')
+    assert [number for number, row in read_rows(path) if isinstance(row, Problem)] == [2, 3]
+
+
+def test_headers_that_cannot_be_told_apart_or_read(tmp_path):
+    (tmp_path / "latin.csv").write_bytes(b"prompt,caf\xe9\na,b\n")
+    assert "the header is not UTF-8" in refused(tmp_path / "latin.csv")
+    twice = arrow.Table.from_arrays([arrow.array(["a"]), arrow.array(["b"])], names=["prompt", "prompt"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    assert "two columns are named 'prompt'" in refused(tmp_path / "twice.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_no_row_has_a_larger_number_than_was_foretold(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    write(path, ROWS * 3)
+    last = max(number for number, _ in read_rows(path))
+    assert last <= lines_at_most(path) <= last + 2
+    assert lines_at_most(tmp_path / "none.jsonl") == lines_at_most(tmp_path) == 0
+
+
+def test_a_new_file_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError), new_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with new_file(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert [each.name for each in tmp_path.iterdir()] == ["out.jsonl"] and path.read_text() == "whole"
+    with pytest.raises(InputError, match="nothing is overwritten"), new_file(path):
+        pass
+    with pytest.raises(InputError, match="there is no such folder"), new_file(tmp_path / "none" / "out.jsonl"):
+        pass

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from kedge.evaluate.policy import EvaluationSet, Judge, evaluate, prepare, terciles, wilson
+from kedge.evaluate.intervals import wilson
+from kedge.evaluate.policy import EvaluationSet, Judge, evaluate, prepare, terciles
 from kedge.rollout.given import as_prompts, as_rollouts
 from kedge.structs import Prompts, Rollouts, Sampling, TokenScores
 

@@ -17,8 +17,8 @@ from kedge.data.tokenise import train_tokenizer
 from kedge.errors import InputError
 from kedge.models.load import (
     disable_dropout,
+    load_classifier,
     load_policy,
-    load_reward_model,
     reward_model_from,
     save_model,
     scratch_policy,
@@ -122,7 +122,7 @@ def test_a_reward_model_starts_from_the_policys_trunk_and_comes_back_bit_for_bit
     assert model.score.weight.shape == (1, 32) and not model.training
     assert torch.equal(model.score.weight, reward_model_from(policy, seed=3).score.weight)
     save_model(model, tokenizer, tmp_path / "reward")
-    again = load_reward_model(tmp_path / "reward")
+    again = load_classifier(tmp_path / "reward")
     for seed in range(20):
         ids = tokens(policy, seed)
         assert torch.equal(again(ids).logits, model(ids).logits) and again(ids).logits.shape == (3, 1)
@@ -179,7 +179,7 @@ def test_a_place_that_cannot_be_written_is_refused(policy, tokenizer, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+@pytest.mark.parametrize("load", [load_policy, load_classifier])
 def test_folders_that_are_none(load, tmp_path):
     assert "there is no such folder" in refused(load, tmp_path / "nothing")
     assert "there is no such folder" in refused(load, "models/that/is/not/there")
@@ -246,7 +246,7 @@ def test_pickled_weights_are_refused_unopened(folder, tmp_path, name):
     (folder / "model.safetensors").unlink()
     assert "no weights in it" in refused(load_policy, folder)
     (folder / name).write_bytes(pickle.dumps(Payload(proof)))
-    for load in (load_policy, load_reward_model):
+    for load in (load_policy, load_classifier):
         assert f"its weights are pickles ({name})" in refused(load, folder)
     (folder / "other.safetensors").write_bytes(b"")  # a decoy does not make transformers fall back on the pickle
     assert "cannot be loaded" in refused(load_policy, folder)
@@ -273,7 +273,7 @@ def test_torn_incomplete_and_non_finite_weights_are_refused(folder):
 
 
 def test_a_policy_is_no_reward_model_nor_the_other_way_round(folder, tokenizer, tmp_path):
-    assert "the weights lack score.weight" in refused(load_reward_model, folder)
+    assert "the weights lack score.weight" in refused(load_classifier, folder)
     save_model(reward_model_from(load_policy(folder)[0], seed=1), tokenizer, tmp_path / "reward")
     assert "a classifier (score.weight), not a language model" in refused(load_policy, tmp_path / "reward")
 
@@ -283,7 +283,7 @@ def test_a_classifier_of_two_classes_is_no_reward_model(folder, tokenizer, tmp_p
 
     config = LlamaConfig.from_pretrained(folder, num_labels=2)
     save_model(LlamaForSequenceClassification(config), tokenizer, tmp_path / "two")
-    assert "the model cannot be loaded" in refused(load_reward_model, tmp_path / "two")
+    assert "the model cannot be loaded" in refused(load_classifier, tmp_path / "two")
 
 
 def test_tokenizers_that_do_not_belong_to_the_model_are_refused(folder):
@@ -324,7 +324,7 @@ def test_a_hub_name_that_fails_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "cannot be loaded" in refused(load_policy, "nobody/nothing")
-    assert "cannot be loaded" in refused(load_reward_model, "nobody/nothing")
+    assert "cannot be loaded" in refused(load_classifier, "nobody/nothing")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loops import examples, kept, poisoned, ragged_mask
 
-from kedge.ops.losses import bradley_terry, ppo_objective, preference_probability, token_nll, value_loss
+from kedge.ops.losses import ppo_objective, token_nll, value_loss
 
 seeds = st.integers(0, 2**32 - 1)
 reals = st.floats(-6, 6)
@@ -115,25 +115,6 @@ def test_value_loss_keeps_heads_apart() -> None:
     returns, variance = torch.tensor([[1.0, 10.0], [2.0, 20.0]]), torch.tensor([1.0, 100.0])
     loss = value_loss(values, old, returns, variance, clip=1.0)
     np.testing.assert_allclose(loss.numpy(), [[0.5, 0.5], [2.0, 2.0]])
-
-
-@examples
-@given(chosen=reals, rejected=reals)
-def test_bradley_terry_is_minus_log_sigmoid_with_its_closed_form_gradient(chosen: float, rejected: float) -> None:
-    r_w, r_l = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (chosen, rejected))
-    probability = 1 / (1 + math.exp(rejected - chosen))
-    loss = bradley_terry(r_w, r_l)
-    assert loss.item() == pytest.approx(-math.log(probability), abs=1e-9)
-    assert preference_probability(r_w, r_l).item() == pytest.approx(probability, abs=1e-12)
-    gradients = torch.autograd.grad(loss, (r_w, r_l))
-    assert gradients[0].item() == pytest.approx(probability - 1, abs=1e-9)
-    assert gradients[1].item() == pytest.approx(1 - probability, abs=1e-9)
-
-
-@pytest.mark.parametrize("gap", [100.0, -100.0, 1000.0, -1000.0])
-def test_bradley_terry_neither_overflows_nor_loses_the_tail(gap: float) -> None:
-    loss = bradley_terry(torch.tensor(gap), torch.tensor(0.0)).item()
-    assert loss == pytest.approx(max(0.0, -gap), abs=1e-6)
 
 
 @examples

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kedge.ops.advantages import gae
-from kedge.ops.losses import bradley_terry, ppo_objective, preference_probability
+from kedge.ops.losses import ppo_objective
+from kedge.ops.preferences import bradley_terry, preference_probability
 from kedge.ops.rewards import at_last_token, kl_rewards
 
 # Prompt "Is my order refundable?". Log-probabilities in nats per token.
@@ -46,8 +47,8 @@ def test_a_bad_token_that_became_likelier_costs_3_9_and_is_pulled_back() -> None
 
 def test_scores_1_0_against_1_5_give_probability_03775_and_loss_09741() -> None:
     chosen, rejected = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64)
-    assert preference_probability(chosen, rejected).item() == pytest.approx(0.3775, abs=5e-5)
-    assert bradley_terry(chosen, rejected).item() == pytest.approx(0.9741, abs=5e-5)
+    assert preference_probability(chosen - rejected).item() == pytest.approx(0.3775, abs=5e-5)
+    assert bradley_terry(chosen - rejected).item() == pytest.approx(0.9741, abs=5e-5)
 
 
 def test_yes_against_affirmative_penalty_per_token() -> None:

@@ -12,8 +12,10 @@ from lab import ascent_per_response, generate, prompts_of, score, weights_for
 from scipy.stats import chisquare
 from torch import Tensor
 
+from kedge.models.reward import RewardModel
 from kedge.rollout.engine import TorchEngine
-from kedge.rollout.score import reward_model_scores, token_scores, token_values
+from kedge.rollout.reward import scores
+from kedge.rollout.score import token_scores, token_values
 from kedge.structs import Rollouts, Sampling
 
 SPACE = Space(3, 3, prompts=3)
@@ -138,7 +140,7 @@ def test_reward_model_reads_the_last_token_of_the_policy(hole: bool) -> None:
     if hole:  # the first of several tokens is the environment's
         mask = rollouts.response_mask & ((torch.arange(3) > 0) | (rollouts.lengths == 1).unsqueeze(1))
         rollouts = replace(rollouts, response_mask=mask)
-    got = reward_model_scores(LastPosition(), rollouts, normalise=lambda _, raw: raw)
+    got = scores(RewardModel((LastPosition(),), means=(0.0,), scales=(1.0,)), rollouts)
     for b in range(len(rollouts)):
         last = max(t for t in range(3) if rollouts.response_mask[b, t])
         position = int(rollouts.prompt_mask[b].sum()) + last

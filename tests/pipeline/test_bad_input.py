@@ -262,16 +262,16 @@ def test_a_file_that_may_not_grow(size: int, whole: Path, recipe: Path, tmp_path
 def test_a_score_that_is_not_finite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from kedge.pipeline import policy
 
-    scores = policy.reward_model_scores
+    judge = policy.judge
 
-    def broken(value: float) -> Callable[..., torch.Tensor]:
-        def score(model: Any, rollouts: Any, **named: Any) -> torch.Tensor:
-            found = scores(model, rollouts, **named)
+    def broken(value: float) -> Callable[..., Any]:
+        def opinion(model: Any, rollouts: Any) -> Any:
+            found = judge(model, rollouts)
             if rollouts.policy_version == 3:
-                found[2] = value
+                found.score[2] = value
             return found
 
-        return score
+        return opinion
 
     settings = ["--set", "policy.steps=5", "--set", "checkpoint.every=2"]
     assert cli.main(["run", "files.toml", "--out", "whole", *settings]) == 0
@@ -279,7 +279,7 @@ def test_a_score_that_is_not_finite(folder: Path, capsys: pytest.CaptureFixture[
     for number, value in enumerate((float("nan"), float("inf"))):
         out = f"run{number}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(policy, "reward_model_scores", broken(value))
+            patch.setattr(policy, "judge", broken(value))
             assert cli.main(["run", "files.toml", "--out", out, *settings]) == 2
         (line,) = told(capsys)
         assert f"policy step 3: channel score: the reward is {value} for 1 of 8 responses (first: row 2)" in line

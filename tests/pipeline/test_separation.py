@@ -65,17 +65,18 @@ def test_only_policy_and_critic_move(recipe: Path, tmp_path: Path, monkeypatch: 
     import sys
 
     from kedge.desk import world
-    from kedge.models.load import load_policy, load_reward_model
+    from kedge.models.load import load_policy
+    from kedge.models.reward import load_reward_model
     from kedge.pipeline import tasks
 
     module = sys.modules["kedge.pipeline.policy"]
     build, held, before = module._models, [], {}
 
     def watched(context: Any) -> Any:
-        learner, reference, score = build(context)
+        learner, reference, reward_model = build(context)
         held[:] = [learner.policy, learner.critic, reference]
         before.update({id(model): digest(model) for model in held})
-        return learner, reference, score
+        return learner, reference, reward_model
 
     monkeypatch.setattr(module, "_models", watched)
     monkeypatch.setattr(tasks, "DESK_PROMPTS", 64)
@@ -87,7 +88,7 @@ def test_only_policy_and_critic_move(recipe: Path, tmp_path: Path, monkeypatch: 
     assert digest(reference) == before[id(reference)] == digest(load_policy(tmp_path / "run" / "models" / "sft")[0])
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert digest(load_policy(tmp_path / "run" / "models" / "policy")[0]) == digest(policy)
-    score_head = load_reward_model(tmp_path / "run" / "models" / "reward").score
+    score_head = load_reward_model(tmp_path / "run" / "models" / "reward").models[0].score
     assert not torch.equal(critic.heads.weight[critic.score_index], score_head.weight[0]), "a copy, which was trained"
 
 
@@ -115,13 +116,13 @@ def note_threads() -> None:
 
 def test_scores_are_normalised_on_the_references_answers(whole: Path, recipe: Path) -> None:
     """Mean 0 and deviation 1 over fresh answers of the supervised policy to the prompts of training."""
-    from kedge.models.heads import normalised_score
-    from kedge.models.load import load_policy, load_reward_model
+    from kedge.models.load import load_policy
+    from kedge.models.reward import load_reward_model
     from kedge.pipeline.context import Context
     from kedge.pipeline.tasks import inputs_of
     from kedge.progress import Interrupt, Progress
     from kedge.recipe import load
-    from kedge.rollout.score import reward_model_scores
+    from kedge.rollout.reward import scores
     from kedge.structs import Sampling
     from kedge.trace.run_dir import RunDir
     from kedge.train.schedule import seeded
@@ -133,10 +134,10 @@ def test_scores_are_normalised_on_the_references_answers(whole: Path, recipe: Pa
     prompts = context.encode_prompts(inputs.task.prompts.rows)
     policy = load_policy(whole / "models" / "sft")[0]
     answers = context.engine.generate(policy, prompts, Sampling(12), seeded(0, "normalise"))
-    scores = reward_model_scores(load_reward_model(whole / "models" / "reward"), answers, normalise=normalised_score)
-    assert len(scores) == 64
-    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
-    assert float(scores.std()) == pytest.approx(1, abs=1e-4)
+    found = scores(load_reward_model(whole / "models" / "reward"), answers)
+    assert len(found) == 64
+    assert float(found.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(found.std()) == pytest.approx(1, abs=1e-4)
 
 
 def test_no_prompt_of_the_evaluation_is_trained_on(recipe: Path) -> None:

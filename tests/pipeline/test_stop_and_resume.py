@@ -83,6 +83,16 @@ def test_killed_with_a_scalar_critic_and_a_gpt2(recipe: Path, tmp_path: Path) ->
     assert_same(run, tmp_path / "whole")
 
 
+def test_killed_with_several_reward_models(recipe: Path, tmp_path: Path) -> None:
+    """Their disagreement is taken on answers of the reference that belong to the step."""
+    settings = ("--set", "reward.trunk=shared", "--set", "reward.members=2", "--set", "reward.aggregate=worst")
+    ran(tmp_path, "run", recipe, "--out", tmp_path / "whole", *settings)
+    found = [line["uncertainty/disagreement"] for line in stage_lines(tmp_path / "whole", "policy")]
+    assert len(set(found)) == 5
+    run = killed_and_resumed(tmp_path, recipe, Stop(tmp_path / "run", "/metrics.jsonl", 14), *settings)
+    assert_same(run, tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_killed_before_any_change_to_the_disk(whole: Path, recipe: Path, tmp_path: Path) -> None:
     """Every place at which a kill could leave the folder in another state, in steps with a random start."""

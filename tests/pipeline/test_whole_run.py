@@ -28,6 +28,7 @@ def test_every_file_is_there(whole: Path) -> None:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     models |= {f"models/{stage}/generation_config.json" for stage in ("sft-1", "sft", "policy")}
+    models.add("models/reward/support.safetensors")
     plain = {"recipe.toml", "recipe.json", "manifest.json", "metrics.jsonl", "timings.jsonl", "pairs.jsonl"}
     assert contents(whole).names == trace | checkpoints | models | plain | {"truth/evaluation.jsonl", "report.html"}
 

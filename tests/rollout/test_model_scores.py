@@ -8,13 +8,14 @@ import pytest
 import torch
 from small_models import BUDGET, EOS, FAMILIES, PAD, VOCABULARY, classifier, language_model, prompts
 
-from kedge.models.heads import Critic, normalised_score, set_score_normalisation
+from kedge.models.heads import Critic
+from kedge.models.reward import reward_model
 from kedge.rollout.engine import TorchEngine
 from kedge.rollout.given import as_rollouts
+from kedge.rollout.reward import normalised_on, scores
 from kedge.rollout.score import (
     inputs,
     last_token_logits,
-    reward_model_scores,
     score_rollouts,
     token_scores,
     token_values,
@@ -57,7 +58,7 @@ def test_log_probabilities_are_those_of_the_model_on_the_bare_tokens(family: str
 
 def test_the_cut_into_micro_batches_does_not_show(family: str) -> None:
     model, rollouts = language_model(family, seed=5), drawn(family)
-    critic = Critic.from_reward_model(classifier(family), ("score", "kl"), 0)
+    critic = Critic.from_reward_model(reward_model([classifier(family)]), ("score", "kl"), 0)
     found = [
         score_rollouts(rollouts, model, model, critic, {}, temperature=1.0, eos_id=EOS, microbatch=size)
         for size in (1, 7, 256)
@@ -109,7 +110,7 @@ def test_the_score_is_the_classifiers_at_the_last_real_token(family: str) -> Non
         expected = model(**columns, use_cache=False).logits.squeeze(-1)
         found = last_token_logits(model, rollouts)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(raw_scores(model, rollouts), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(raw_scores(model, rollouts)[:, 0], expected, atol=1e-5, rtol=0)
     for row in (0, 7, 20):
         ids = torch.cat([rollouts.prompt_ids[row][rollouts.prompt_mask[row]], own_ids(rollouts, row)])[None]
         with torch.no_grad():
@@ -123,19 +124,18 @@ def own_ids(rollouts: Rollouts, row: int) -> torch.Tensor:
 
 def test_normalised_scores_have_mean_0_and_deviation_1_where_they_were_taken(family: str) -> None:
     model, rollouts = classifier(family), drawn(family)
-    raw = raw_scores(model, rollouts)
-    set_score_normalisation(model, float(raw.mean()), float(raw.std()))
-    scores = reward_model_scores(model, rollouts, normalise=normalised_score)
-    assert scores.shape == (30,)
-    assert float(scores.mean()) == pytest.approx(0, abs=1e-6)
-    assert float(scores.std()) == pytest.approx(1, abs=1e-5)
-    torch.testing.assert_close(scores.argsort(), raw.argsort())
+    raw = raw_scores(model, rollouts)[:, 0]
+    found = scores(normalised_on(reward_model([model]), rollouts), rollouts)
+    assert found.shape == (30,)
+    assert float(found.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(found.std()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(found.argsort(), raw.argsort())
 
 
 def test_a_value_is_taken_before_its_token(family: str) -> None:
     """The value at t may depend on the tokens before t only; the score head starts as the reward model's."""
-    reward_model, rollouts = classifier(family), drawn(family)
-    critic = Critic.from_reward_model(reward_model, ("score", "kl"), 0)
+    model, rollouts = classifier(family), drawn(family)
+    critic = Critic.from_reward_model(reward_model([model]), ("score", "kl"), 0)
     values = token_values(critic, rollouts).detach()
     changed = rollouts.response_ids.clone()
     changed[:, 3] = (changed[:, 3] + 1) % VOCABULARY
@@ -146,5 +146,5 @@ def test_a_value_is_taken_before_its_token(family: str) -> None:
     second = alone(rollouts, int(rollouts.lengths.argmax()))
     cut = as_rollouts([second.prompt_ids[0].tolist()], [second.response_ids[0, :3].tolist()], PAD)
     with torch.no_grad():
-        expected = last_token_logits(reward_model, cut)
+        expected = last_token_logits(model, cut)
         assert float(token_values(critic, second)[0, 3, 0]) == pytest.approx(float(expected), abs=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -249,3 +250,57 @@ late = {"pyarrow", "scipy", "pydantic"} & set(sys.modules)
 assert not heavy and not late, (heavy, late)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_members_and_what_tells_how_far_to_trust_them_come_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    members, far = rng.normal(size=(2, 8, 3)).astype(np.float32)
+    doubtful = np.array([0.1, np.nan, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    record = replace(
+        step_record(WORLD, 0, rng),
+        members=members,
+        disagreement=doubtful,
+        support_distance=far[:, 0].astype(np.float64),
+    )
+    table = step_table(record)
+    assert table["disagreement"].to_pylist()[1] is None and table["disagreement"].null_count == 1
+    assert json.loads(table.schema.metadata[METADATA_KEY])["members"] == 3
+    run = RunDir.create(tmp_path)
+    with TraceWriter(run) as trace:
+        trace.write_step(record)
+    step = read_run(tmp_path).step(0)
+    np.testing.assert_array_equal(step.members, members)
+    np.testing.assert_allclose(step.disagreement, doubtful, rtol=1e-6)
+    np.testing.assert_allclose(step.support_distance, far[:, 0])
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_single_member_has_no_columns_and_older_traces_lack_them_all(tmp_path: Path, older: bool) -> None:
+    run = RunDir.create(tmp_path)
+    with TraceWriter(run) as trace:
+        trace.write_step(step_record(WORLD, 0, np.random.default_rng(4)))
+    path = run.step_file(0)
+    table = pq.ParquetFile(path).read()
+    assert not [name for name in table.column_names if name.startswith("member.")]
+    assert table["disagreement"].null_count == table["support_distance"].null_count == 8
+    if older:
+        about = json.loads(table.schema.metadata[METADATA_KEY])
+        del about["members"]
+        table = table.drop_columns(["disagreement", "support_distance"])
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(about)}), path)
+    step = read_run(tmp_path).step(0)
+    assert step.members.shape == (8, 0)
+    assert np.isnan(step.disagreement).all() and np.isnan(step.support_distance).all()
+
+
+def test_a_member_that_the_file_promises_must_be_there(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path)
+    record = replace(step_record(WORLD, 0, np.random.default_rng(4)), members=np.zeros((8, 2)))
+    with TraceWriter(run) as trace:
+        trace.write_step(record)
+    path = run.step_file(0)
+    pq.write_table(pq.ParquetFile(path).read().drop_columns(["member.1"]), path)
+    with pytest.raises(InputError, match=r"columns missing: member\.1"):
+        read_run(tmp_path).step(0)
+    with pytest.raises(ValueError, match=r"disagreement has shape \(3,\), expected \(8,\)"):
+        replace(record, disagreement=np.zeros(3))

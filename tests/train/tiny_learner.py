@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from kedge.models.heads import Critic
+from kedge.models.reward import RewardModel
 from kedge.rollout.engine import TorchEngine
 from kedge.rollout.given import as_prompts
 from kedge.rollout.score import score_rollouts
@@ -40,16 +41,17 @@ def policy(seed: int = 0) -> Any:
     return LlamaForCausalLM(config()).eval()
 
 
-def reward_model(seed: int = 3) -> Any:
+def reward_model(seed: int = 3, heads: int = 1) -> Any:
     settings = config()
-    settings.num_labels = 1
+    settings.num_labels = heads
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(settings).eval()
 
 
 def learner(scalar: bool = False, lr: float = 1e-3, seed: int = 0) -> Learner:
     heads = ("critic",) if scalar else channel_names(("score",))
-    critic = Critic.from_reward_model(reward_model(), heads, None if scalar else 0)
+    judge = RewardModel((reward_model(),), means=(0.0,), scales=(1.0,))
+    critic = Critic.from_reward_model(judge, heads, None if scalar else 0)
     model = policy(seed)
     return Learner(
         model,

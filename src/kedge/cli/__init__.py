@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from kedge import __version__
-from kedge.cli import runs
+from kedge.cli import data, evaluate, runs
+from kedge.cli.audit import audit
 from kedge.cli.errors import explained
 from kedge.errors import Problem
 
@@ -44,10 +45,14 @@ for command in (runs.demo, runs.run, runs.sft, runs.policy, runs.report):
 
 reward = typer.Typer(cls=RecipeFirst, context_settings=HELP, help="Train a reward model, or measure one.")
 reward.command("train")(runs.reward)
+reward.command("evaluate")(evaluate.evaluate)
 app.add_typer(reward, name="reward")
 
-data = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Check, convert and audit what people judged.")
-app.add_typer(data, name="data")
+judged = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Check, convert and audit what people judged.")
+judged.command()(data.check)
+judged.command()(data.convert)
+judged.command()(audit)
+app.add_typer(judged, name="data")
 
 
 @app.callback(invoke_without_command=True)

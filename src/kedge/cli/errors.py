@@ -14,7 +14,7 @@ import typer
 from kedge import __version__
 from kedge.errors import InputError, KedgeError, Problem
 
-EXTRAS = {"train": ("torch", "transformers", "tokenizers", "safetensors"), "hub": ("datasets", "peft")}
+EXTRAS = {"train": ("torch", "transformers", "tokenizers", "safetensors", "httpx"), "hub": ("datasets", "peft")}
 OS_REMEDIES = {
     errno.ENOSPC: "free some space, then go on with --resume",
     errno.EDQUOT: "free some of your quota, then go on with --resume",

@@ -25,6 +25,10 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as policy.kl.beta=0.1; repeatable."),
 ]
+Start = Annotated[
+    Path | None,
+    typer.Option("--start", metavar="RUN", help="Take over the models this run has before PPO.", show_default=False),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")]
 
 
@@ -46,31 +50,46 @@ def demo(
 
 
 def run(
-    recipe: RecipeFile, out: Out = None, settings: Settings = None, resume: Resume = False, as_json: Json = False
+    recipe: RecipeFile,
+    out: Out = None,
+    settings: Settings = None,
+    start: Start = None,
+    resume: Resume = False,
+    as_json: Json = False,
 ) -> None:
     """Run every stage of a recipe and write its report."""
-    _run_stages(recipe, STAGES, out, settings, resume=resume, as_json=as_json)
+    _run_stages(recipe, STAGES, out, settings, start, resume=resume, as_json=as_json)
 
 
 def sft(
     recipe: RecipeFile, out: Out = None, settings: Settings = None, resume: Resume = False, as_json: Json = False
 ) -> None:
     """Only supervised fine-tuning on the demonstrations."""
-    _run_stages(recipe, ("sft",), out, settings, resume=resume, as_json=as_json)
+    _run_stages(recipe, ("sft",), out, settings, None, resume=resume, as_json=as_json)
 
 
 def reward(
-    recipe: RecipeFile, out: Out = None, settings: Settings = None, resume: Resume = False, as_json: Json = False
+    recipe: RecipeFile,
+    out: Out = None,
+    settings: Settings = None,
+    start: Start = None,
+    resume: Resume = False,
+    as_json: Json = False,
 ) -> None:
     """Only the reward model; with --resume, from the supervised policy already in the folder."""
-    _run_stages(recipe, ("reward",), out, settings, resume=resume, as_json=as_json)
+    _run_stages(recipe, ("reward",), out, settings, start, resume=resume, as_json=as_json)
 
 
 def policy(
-    recipe: RecipeFile, out: Out = None, settings: Settings = None, resume: Resume = False, as_json: Json = False
+    recipe: RecipeFile,
+    out: Out = None,
+    settings: Settings = None,
+    start: Start = None,
+    resume: Resume = False,
+    as_json: Json = False,
 ) -> None:
     """Only PPO and its evaluation; with --resume, from the models already in the folder."""
-    _run_stages(recipe, ("policy", "evaluate"), out, settings, resume=resume, as_json=as_json)
+    _run_stages(recipe, ("policy", "evaluate"), out, settings, start, resume=resume, as_json=as_json)
 
 
 def report(
@@ -90,7 +109,14 @@ def report(
 
 
 def _run_stages(
-    path: Path, stages: tuple[str, ...], out: Path | None, settings: list[str] | None, *, resume: bool, as_json: bool
+    path: Path,
+    stages: tuple[str, ...],
+    out: Path | None,
+    settings: list[str] | None,
+    start: Path | None,
+    *,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     def work(progress: Progress, interrupt: Interrupt) -> dict[str, Any]:
         from kedge import recipe
@@ -98,13 +124,22 @@ def _run_stages(
         loaded = recipe.load(path, settings or ())
         if missing := recipe.missing_files(loaded, str(path)):
             raise InputError(missing)
+        if start is not None and not _holds_run(start):
+            raise InputError(Problem(f"--start {start}", "there is no run of Kedge here", "give the folder of a run"))
         from kedge import pipeline
 
         folder = Path("runs") / loaded.name if out is None else out
         _open_folder(folder, resume=resume)
         text = path.read_text(encoding="utf-8-sig")
         result = pipeline.run(
-            loaded, folder, recipe_text=text, stages=stages, resume=resume, progress=progress, interrupt=interrupt
+            loaded,
+            folder,
+            recipe_text=text,
+            stages=stages,
+            resume=resume,
+            progress=progress,
+            interrupt=interrupt,
+            start=start,
         )
         return result | ({"lines": pipeline.lines(loaded.name, result)} if "proxy" in result else {})
 

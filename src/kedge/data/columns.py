@@ -6,192 +6,190 @@ response is one assistant turn. Each function returns the record or raises `Unus
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-from kedge.data.records import Demonstration, Message, Preference, Prompt
+from kedge.data import votes
+from kedge.data.cells import UnknownColumns, Unusable, annotator, flag, given, listed, number, numbers, shown
+from kedge.data.ranks import ranks_of
+from kedge.data.records import Demonstration, Judgment, Preference, Prompt, Ranking, Rating, Verdict
+from kedge.data.turns import (
+    CONVERSATIONS,
+    answered,
+    answers,
+    joined,
+    messages_of,
+    prompt_column,
+    prompt_of,
+    turns_of,
+    unknown,
+)
+from kedge.data.winners import WINNERS, decided, two_named
+
+__all__ = ["UnknownColumns", "Unusable", "demonstration", "judgment", "preference", "prompt"]
 
 PROMPT_COLUMNS = "prompt, messages or instruction (and input)"
 DEMONSTRATION_COLUMNS = "prompt and response (or completion), instruction (and input) and output, or messages"
-PREFERENCE_COLUMNS = "prompt, chosen and rejected, or chosen and rejected conversations that share their beginning"
+JUDGMENT_COLUMNS = (
+    "prompt and one of: chosen and rejected; response_a, response_b and winner; responses and ranks or scores; "
+    "response and rating; response and label"
+)
 
-ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-SURROGATE = re.compile("[\ud800-\udfff]")
-HH_TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+LISTS = ("responses", "completions", "answers", "candidates")
+SINGLE = ("response", "completion", "output", "messages")
+RATINGS = ("rating", "score")
+VERDICTS = ("label", "good", "reward")
 
-Messages = tuple[Message, ...]
-
-
-class Unusable(Exception):
-    """A row that cannot be used: the reason and what to do about it."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.remedy = remedy
-
-
-class UnknownColumns(Unusable):
-    """A row without the columns that are needed."""
+# The columns of a canonical table, in order.
+CANONICAL = (
+    *("kind", "plain", "prompt", "responses", "ranks", "rating", "good"),
+    *("strength", "margin", "votes", "annotator", "shown", "line"),
+)
 
 
 def demonstration(row: Mapping[str, Any]) -> Demonstration:
     if row.get("messages") is not None:
-        return Demonstration(*_answered(_messages(row["messages"], "messages")))
-    column, response = _prompt_column(row), _first(row, "response", "completion", "output")
-    if column is None or response is None:
-        raise _unknown(row, DEMONSTRATION_COLUMNS)
-    context, text = _joined(_prompt(*column), _turns(row[response], response))
-    if not text.strip():
-        raise Unusable(f"{response} is empty", "write a response or remove the row")
-    return Demonstration(context, text)
-
-
-def preference(row: Mapping[str, Any]) -> Preference:
-    if not {"chosen", "rejected"} <= row.keys():
-        raise _unknown(row, PREFERENCE_COLUMNS)
-    sides = [_turns(row[name], name) for name in ("chosen", "rejected")]
-    column = _prompt_column(row)
-    answers: list[tuple[Prompt, str]]
-    if column is None:
-        answers = [_answered(_conversation(side, row)) for side in sides]
-    else:
-        given = _prompt(*column)
-        answers = [_joined(given, side) for side in sides]
-    (context, better), (other, worse) = answers
-    if context != other:
-        what = "chosen and rejected answer different prompts: they part before the last turn"
-        raise Unusable(what, "compare responses to one prompt, or remove the row")
-    if not (better.strip() or worse.strip()):
-        raise Unusable("chosen and rejected are both empty", "remove the row")
-    return Preference(context, better, worse, _strength(row))
+        return Demonstration(*answered(messages_of(row["messages"], "messages")))
+    column = prompt_column(row)
+    name = next((name for name in ("response", "completion", "output") if name in row), None)
+    if column is None or name is None:
+        raise unknown(row, DEMONSTRATION_COLUMNS)
+    context, response = joined(prompt_of(*column), turns_of(row[name], name))
+    if not response.strip():
+        raise Unusable(f"{name} is empty", "write a response or remove the row")
+    return Demonstration(context, response)
 
 
 def prompt(row: Mapping[str, Any]) -> Prompt:
     """The prompt of a row; of a conversation, all that comes before a last assistant turn."""
     if row.get("messages") is not None:
-        messages = _messages(row["messages"], "messages")
-        return _answered(messages)[0] if messages[-1].role == "assistant" else messages
-    column = _prompt_column(row)
+        messages = messages_of(row["messages"], "messages")
+        return answered(messages)[0] if messages[-1].role == "assistant" else messages
+    column = prompt_column(row)
     if column is None:
-        raise _unknown(row, PROMPT_COLUMNS)
-    return _prompt(*column)
+        raise unknown(row, PROMPT_COLUMNS)
+    return prompt_of(*column)
 
 
-def _unknown(row: Mapping[str, Any], expected: str) -> UnknownColumns:
-    found = ", ".join(str(name) for name in row) or "none"
-    return UnknownColumns(f"the columns are {found}; expected {expected}", "rename the columns")
+def judgment(row: Mapping[str, Any]) -> Judgment:
+    """A judgment of whichever kind the columns that hold something speak of."""
+    if row.keys() >= set(CANONICAL):
+        row = _from_canonical(row)
+    there = {name for name, value in row.items() if value is not None}
+    # A row whose needed cell is null is of the kind that its columns name, and is told what it lacks.
+    read = _reader(there) or _reader(row.keys())
+    if read is None:
+        raise unknown(row, JUDGMENT_COLUMNS)
+    return read(row)
 
 
-def _first(row: Mapping[str, Any], *names: str) -> str | None:
-    return next((name for name in names if name in row), None)
+def _reader(names: AbstractSet[str]) -> Callable[[Mapping[str, Any]], Judgment] | None:
+    if "chosen" in names and "rejected" in names:
+        return preference
+    if not names.isdisjoint(WINNERS) and two_named(names):
+        return preference
+    if not names.isdisjoint(LISTS):
+        return _ranking
+    if not names.isdisjoint(SINGLE):
+        if not names.isdisjoint(RATINGS):
+            return _rating
+        if not names.isdisjoint(VERDICTS):
+            return _verdict
+    return None
 
 
-def _prompt_column(row: Mapping[str, Any]) -> tuple[Any, str] | None:
-    """The value that prompts and its column; an instruction and its input become one text."""
-    if "prompt" in row:
-        return row["prompt"], "prompt"
-    if "instruction" not in row:
-        return None
-    extra = row.get("input")
-    if extra is None or extra == "":
-        return row["instruction"], "instruction"
-    return f"{_text(row['instruction'], 'instruction')}\n\n{_text(extra, 'input')}", "instruction"
+def preference(row: Mapping[str, Any]) -> Preference:
+    """Two responses and the preferred one, as chosen and rejected or as two named responses and a winner."""
+    if "chosen" in row and "rejected" in row:
+        place = votes.place(row)
+    elif two_named(row.keys()):
+        row, place = decided(row)
+    else:
+        raise unknown(row, CONVERSATIONS)
+    context, (better, worse) = answers(row, [(row["chosen"], "chosen"), (row["rejected"], "rejected")])
+    if not (better.strip() or worse.strip()):
+        raise Unusable("chosen and rejected are both empty", "remove the row")
+    counts = votes.votes_of(row, place)
+    strength = votes.strength_of(row, counts)
+    return Preference(context, better, worse, strength, votes.margin_of(row), counts, annotator(row), place)
 
 
-def _prompt(value: Any, column: str) -> Prompt:
-    turns = _turns(value, column)
-    if isinstance(turns, str) and not turns.strip():
-        raise Unusable(f"{column} is empty", "write a prompt or remove the row")
-    return turns
+def _ranking(row: Mapping[str, Any]) -> Ranking:
+    """A list of responses, brought into the order that the ranks or scores beside it give."""
+    column = _named(row, LISTS)
+    values = listed(row[column], column)
+    if len(values) < 2:
+        raise Unusable(f"{column} holds {len(values)}, a ranking needs 2 or more", "add responses or remove the row")
+    context, responses = answers(row, [(value, f"{column}[{place}]") for place, value in enumerate(values)])
+    last = {response: place for place, response in enumerate(responses)}
+    for place, response in enumerate(responses):
+        if last[response] != place:
+            what = f"{column}[{place}] and [{last[response]}] are the same text"
+            raise Unusable(what, "keep one of them, with one rank")
+    ranks = ranks_of(row, len(responses))
+    best_first = sorted(zip(ranks, responses, strict=True), key=lambda ranked: ranked[0])
+    return Ranking(context, tuple(text for _, text in best_first), tuple(sorted(ranks)), annotator(row))
 
 
-def _text(value: Any, column: str) -> str:
-    if isinstance(value, str):
-        if SURROGATE.search(value):
-            raise Unusable(f"{column} holds half a surrogate pair, which is no character", "write the text as UTF-8")
-        return value
-    kind = "missing" if value is None else f"of type {type(value).__name__}"
-    raise Unusable(f"{column} is {kind}, expected text", "write text or remove the row")
+def _rating(row: Mapping[str, Any]) -> Rating:
+    context, response = _single(row)
+    column = _named(row, RATINGS)
+    return Rating(context, response, number(row[column], column), annotator(row))
 
 
-def _turns(value: Any, column: str) -> str | Messages:
-    """Text, or a list of messages."""
-    return _messages(value, column) if isinstance(value, list | tuple) else _text(value, column)
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    context, response = _single(row)
+    column = _named(row, VERDICTS)
+    return Verdict(context, response, flag(row[column], column), annotator(row))
 
 
-def _messages(value: Any, column: str) -> Messages:
-    remedy = 'write a list of {"role": ..., "content": ...}'
-    if not isinstance(value, list | tuple) or not value:
-        raise Unusable(f"{column} holds no messages", remedy)
-    messages = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
-            raise Unusable(f"message {number} of {column} is not a role and content", remedy)
-        role = turn["role"]
-        if not isinstance(role, str) or not ROLE.fullmatch(role):
-            raise Unusable(f"message {number} of {column} has the role {role!r}", "use system, user, assistant or tool")
-        messages.append(Message(role, _text(turn["content"], f"message {number} of {column}")))
-    return tuple(messages)
+def _single(row: Mapping[str, Any]) -> tuple[Prompt, str]:
+    """Prompt and response of a row that judges one; the response may be empty, for that can be judged, too."""
+    held = (name for name in SINGLE if row.get(name) is not None)
+    column = next(held, None) or _named(row, SINGLE)
+    if column == "messages":
+        return answered(messages_of(row[column], column))
+    context, (response,) = answers(row, [(row[column], column)])
+    return context, response
 
 
-def _answered(messages: Messages) -> tuple[Messages, str]:
-    """A conversation as its beginning and the assistant's last turn."""
-    if messages[-1].role != "assistant":
-        what = f"the conversation ends with the role {messages[-1].role}, expected assistant"
-        raise Unusable(what, "end it with the response")
-    if len(messages) == 1:
-        raise Unusable("the conversation has a response but no prompt", "put the turns before it in front")
-    return messages[:-1], messages[-1].content
+def _named(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The first of these columns that holds something, or that there is; a row of another kind never gets here."""
+    return given(row, *names) or next(name for name in names if name in row)
 
 
-def _joined(prompt: Prompt, response: str | Messages) -> tuple[Prompt, str]:
-    """Prompt and response text, where the response column may hold a turn, several, or the whole conversation."""
-    if isinstance(response, str):
-        return prompt, response
-    opening = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    if response[: len(opening)] == opening:
-        return _answered(response)
-    if len(response) == 1 and isinstance(prompt, str) and response[0].role == "assistant":
-        return prompt, response[0].content
-    if isinstance(prompt, str) and Message("user", prompt) in response[:2]:  # after a system turn
-        return _answered(response)
-    return _answered(opening + response)
+def _from_canonical(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of a canonical table in the columns in which its kind is written elsewhere."""
+    responses = listed(row["responses"], "responses")
+    common = {"prompt": _asked(row), "annotator": row["annotator"]}
+    match row["kind"]:
+        case "ranking":
+            return common | {"responses": responses, "ranks": row["ranks"]}
+        case "rating" | "verdict" if len(responses) == 1:
+            grade = "rating" if row["kind"] == "rating" else "good"
+            return common | {"response": responses[0], grade: row[grade]}
+        case "pair" if len(responses) == 2:
+            said = {name: row[name] for name in ("strength", "margin", "shown")} | _counts(row["votes"])
+            return common | {"chosen": responses[0], "rejected": responses[1]} | said
+    what = f"kind is {shown(row['kind'])} with {len(responses)} responses"
+    raise Unusable(what, "write pair with 2, rating or verdict with 1, or ranking")
 
 
-def _conversation(side: str | Messages, row: Mapping[str, Any]) -> Messages:
-    """Messages as they are, and a transcript of "Human:" and "Assistant:" turns set off by empty lines as messages."""
-    if not isinstance(side, str):
-        return side
-    if not HH_TURN.match(side):
-        raise _unknown(row, PREFERENCE_COLUMNS)
-    _, *parts = HH_TURN.split(side)
-    return tuple(Message(HH_ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True))
+def _counts(value: object) -> dict[str, Any]:
+    """The votes of a canonical table: for chosen, for rejected and for neither, wherever they were shown."""
+    if value is None:
+        return {}
+    votes = numbers(value, "votes")
+    if len(votes) != 3:
+        raise Unusable(f"votes holds {len(votes)} numbers, expected 3", "correct the row")
+    return dict(zip(("votes_chosen", "votes_rejected", "votes_tie"), votes, strict=True))
 
 
-def _strength(row: Mapping[str, Any]) -> float:
-    """The share of votes for chosen from the columns strength and tie, in [0, 1]."""
-    tie = _flag(row.get("tie"))
-    given = row.get("strength")
-    if given is None or given == "":
-        return 0.5 if tie else 1.0
-    try:
-        strength = float(given)
-    except (TypeError, ValueError, OverflowError):
-        strength = math.nan
-    if isinstance(given, bool) or not 0 <= strength <= 1:
-        raise Unusable(f"strength is {given}, expected a share from 0 to 1", "correct it or remove the row")
-    if tie and strength != 0.5:
-        raise Unusable(f"tie is set but strength is {given}", "make it 0.5 or clear the tie")
-    return strength
-
-
-def _flag(value: Any) -> bool:
-    known = {"": False, "false": False, "0": False, "true": True, "1": True}
-    key = "" if value is None else str(value).lower()
-    if key not in known:
-        raise Unusable(f"tie is {value!r}, expected true or false", "correct it or remove the row")
-    return known[key]
+def _asked(row: Mapping[str, Any]) -> Any:
+    if not flag(row["plain"], "plain"):
+        return row["prompt"]
+    messages = messages_of(row["prompt"], "prompt")
+    if len(messages) != 1:
+        raise Unusable(f"prompt is plain text but holds {len(messages)} messages", "correct plain")
+    return messages[0].content

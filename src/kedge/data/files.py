@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +44,51 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         raise InputError(Problem(str(path), what, "check the file and its permissions")) from None
     if empty:
         raise InputError(Problem(str(path), "no rows in it", "give a file with at least one row"))
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise `InputError` if `path` is already there, or its folder is not."""
+    if path.exists():
+        raise InputError(Problem(str(path), "is already there, and nothing is overwritten", "choose another name"))
+    if not path.parent.is_dir():
+        raise InputError(Problem(str(path.parent), "there is no such folder", "make it or choose another"))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place at the end; nothing is left there if the block fails."""
+    refuse_taken(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lines_at_most(path: str | Path) -> int:
+    """How far the numbers of `read_rows` may go: the rows of Parquet, the lines of text; 0 where nobody knows.
+
+    Reads through a text file once without parsing it. Raises nothing: what is wrong shows when rows are read.
+    """
+    import pyarrow.parquet as parquet
+
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".parquet":
+            rows: int = parquet.read_metadata(path).num_rows
+            return rows
+        if path.is_dir():
+            from datasets import load_from_disk
+
+            rows = load_from_disk(str(path)).num_rows
+            return rows if isinstance(rows, int) else 0  # of several splits it is a dictionary
+        opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rb") as stream:
+            lines: int = 1 + sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
+            return lines
+    except (ImportError, OSError, EOFError, ValueError, zlib.error):
+        return 0
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
@@ -146,12 +192,25 @@ def _csv(path: Path) -> Iterator[Row]:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield number, Problem(where, f"not readable as CSV: {error}", "quote cells and double the quotes")
-                    continue
-                if cells:
-                    yield number, _csv_row(header, cells, where)
+                    row: Mapping[str, Any] | Problem = Problem(
+                        where, f"not readable as CSV: {error}", "quote cells and double the quotes"
+                    )
+                else:
+                    if not cells:
+                        continue
+                    row = _csv_row(header, cells, where)
+                yield number, row
+                if isinstance(row, Problem):
+                    yield from _swallowed(path, number, reader.line_num)
         finally:
             csv.field_size_limit(limit)
+
+
+def _swallowed(path: Path, first: int, last: int) -> Iterator[Row]:
+    """The other lines of an unusable record: a stray quote runs on through rows, and none of them goes unmentioned."""
+    for number in range(first + 1, last + 1):
+        what = f"part of the unusable row that begins on line {first}"
+        yield number, Problem(f"{path}:{number}", what, "close the quotes of that row")
 
 
 def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -159,6 +218,8 @@ def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
         header = next(reader, [])
     except csv.Error as error:
         raise InputError(Problem(f"{path}:1", f"not readable as CSV: {error}", "start with column names")) from None
+    if any(map(ESCAPED_BYTE.search, header)):
+        raise InputError(Problem(f"{path}:1", "the header is not UTF-8", "save the file as UTF-8"))
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(Problem(f"{path}:1", f"two columns are named {twice[0]!r}", "rename or remove one"))
@@ -171,10 +232,10 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> Mapping[str, An
         return Problem(where, what, "quote cells that hold commas or line breaks")
     if any(map(ESCAPED_BYTE.search, cells)):
         return Problem(where, "not UTF-8", "save the file as UTF-8")
-    return {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
+    return {name: cell_of(cell) for name, cell in zip(header, cells, strict=True)}
 
 
-def _cell(cell: str) -> Any:
+def cell_of(cell: str) -> Any:
     """The cell, or the messages written in it as JSON."""
     if cell.startswith("[{"):
         try:
@@ -191,6 +252,10 @@ def _parquet(path: Path) -> Iterator[Row]:
     number = 1
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise InputError(Problem(str(path), f"two columns are named {twice[0]!r}", "rename or remove one"))
             for batch in file.iter_batches(batch_size=1024):
                 for row in _batch_rows(batch, path, number):
                     yield number, row

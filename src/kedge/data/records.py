@@ -84,6 +84,22 @@ Judgment = Preference | Ranking | Rating | Verdict
 """What an annotator can say of responses; a file holds one kind."""
 
 
+def graded(judgment: Judgment) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The judged responses, best first, and what was said of each; higher is better.
+
+    Shares of votes for a pair, minus the rank for a ranking, the rating, 1 or 0 for a verdict.
+    """
+    match judgment:
+        case Preference():
+            return (judgment.chosen, judgment.rejected), (judgment.strength, 1 - judgment.strength)
+        case Ranking():
+            return judgment.responses, tuple(-float(rank) for rank in judgment.ranks)
+        case Rating():
+            return (judgment.response,), (judgment.rating,)
+        case Verdict():
+            return (judgment.response,), (float(judgment.good),)
+
+
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
     """The usable rows of a file beside the ones that were left out and why.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kedge.data.records import Demonstration, Loaded, Preference, Prompt
+from kedge.data.records import Demonstration, Judgment, Loaded, Prompt
 
 Labeller = Callable[[Sequence[tuple[Prompt, str, str]]], Sequence[bool]]
 """Annotators: for each (prompt, first, second), whether the first is preferred."""
@@ -32,10 +32,11 @@ class Task:
     held_out: Loaded[Demonstration]
     prompts: Loaded[Prompt]  # of the policy stage
     evaluation: Loaded[Prompt]
-    preferences: Loaded[Preference] | None = None  # given ones; None where pairs are sampled and labelled
+    judgments: Loaded[Judgment] | None = None  # given ones; None where pairs are sampled and labelled
     pair_prompts: tuple[Prompt, ...] = ()
     labeller: Labeller | None = None
     probes: tuple[Probe, ...] = ()  # empty: the pipeline takes short and long samples of the reference
     text: tuple[str, ...] = ()  # held-out plain text; empty: held-out demonstrations anchor capability
     truth: Truth | None = None
     make_tokenizer: Callable[[], Any] | None = None  # for a model from scratch
+    neutral: tuple[str, ...] = ()  # sentences that say nothing

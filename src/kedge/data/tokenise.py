@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from kedge.data.records import Demonstration, Loaded, Message, Preference, Prompt
+from kedge.data.records import Demonstration, Judgment, Loaded, Message, Prompt, graded
 from kedge.data.validate import check_rejected
 from kedge.errors import InputError, Problem
 
@@ -109,7 +109,7 @@ def within_context(
 ) -> Loaded[T]:
     """The rows that fit into `context` tokens; the others, and those the chat template refuses, join `rejected`.
 
-    A demonstration and each side of a preference count with prompt, response and EOS, a prompt with the
+    A demonstration and each judged response count with prompt, response and EOS, a prompt with the
     `max_new_tokens` that are to follow it. Raises `InputError` if more than the share `max_rejected` of all rows is
     rejected, or every row.
     """
@@ -137,9 +137,9 @@ def within_context(
 def _length(tokenizer: Any, row: Any, max_new_tokens: int) -> int:
     """Tokens of the longest sequence that `row` turns into."""
     if isinstance(row, Demonstration):
-        responses = [row.response]
-    elif isinstance(row, Preference):
-        responses = [row.chosen, row.rejected]
+        responses: Sequence[str] = [row.response]
+    elif isinstance(row, Judgment):
+        responses = graded(row)[0]
     else:
         return len(encode_prompt(tokenizer, row)) + max_new_tokens
     longest = max(len(encode_response(tokenizer, response)) for response in responses)

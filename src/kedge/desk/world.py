@@ -12,7 +12,7 @@ from kedge.data.records import Demonstration, Loaded, Prompt, prompt_text
 from kedge.data.task import Probe, Task
 from kedge.desk.annotators import Bias, first_wins
 from kedge.desk.gold import VERBOSE_LENGTH, judge
-from kedge.desk.grammar import Question, Style, ask, canonical, demonstrate
+from kedge.desk.grammar import FILLERS, Question, Style, ask, canonical, demonstrate
 
 HELD_OUT = 512  # demonstrations that anchor capability
 
@@ -72,6 +72,7 @@ def desk_task(
         labeller=label,
         probes=pairs,
         truth=truth,
+        neutral=FILLERS,
         make_tokenizer=lambda: word_tokenizer([f"{row.prompt} {row.response}" for row in shown.rows]),
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedge.data.records import Prompt
 from kedge.data.task import Truth
+from kedge.evaluate.intervals import wilson
 from kedge.ops.kl import k1
 from kedge.ops.masked import masked_mean, masked_sum
 from kedge.rollout.engine import RolloutEngine
@@ -141,10 +142,3 @@ def _truth(truth: Truth, fixed: EvaluationSet, texts: list[str]) -> dict[str, fl
 
 def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return math.fsum(row[name] for row in rows) / len(rows)
-
-
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95% interval of a share among `count` trials; a tie counted half is taken as half a success."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    spread = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - spread), min(1.0, centre + spread)

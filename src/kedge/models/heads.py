@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kedge.errors import DivergenceError, InputError, Problem
+
+if TYPE_CHECKING:
+    from kedge.models.reward import RewardModel
 
 
 class Critic(nn.Module):
@@ -34,26 +37,34 @@ class Critic(nn.Module):
         self.register_buffer("scale", torch.ones(len(heads)))
 
     @classmethod
-    def from_reward_model(cls, reward_model: Any, heads: tuple[str, ...], score_index: int | None) -> Critic:
-        """A critic on a copy of the reward model's trunk.
+    def from_reward_model(cls, reward_model: RewardModel, heads: tuple[str, ...], score_index: int | None) -> Critic:
+        """A critic on a copy of the first trunk of a reward model.
 
-        The head at `score_index` starts as the reward model's normalised score; the others predict `shift`, whatever
-        the state, until they are trained.
+        The head at `score_index` starts as the mean of the normalised scores that members read off this trunk, in the
+        unit of the final score; that is the score itself where there is one member and no correction. The others
+        predict `shift`, whatever the state, until they are trained.
         """
         if score_index is not None and not 0 <= score_index < len(heads):
             raise ValueError(f"score_index {score_index} is outside the {len(heads)} heads")
-        head = reward_model.score
-        critic = cls(copy.deepcopy(reward_model.base_model), head.in_features, heads, score_index)
-        critic.to(device=head.weight.device, dtype=head.weight.dtype)
+        model = reward_model.models[0]
+        critic = cls(copy.deepcopy(model.base_model), model.score.in_features, heads, score_index)
+        critic.to(device=model.score.weight.device, dtype=model.score.weight.dtype)
         if score_index is not None:
-            mean, scale = score_normalisation(reward_model)
-            with torch.no_grad():
-                critic.heads.weight[score_index] = head.weight[0]
-                if head.bias is not None:
-                    critic.heads.bias[score_index] = head.bias[0]
-                critic.shift[score_index] = -mean / scale
-                critic.scale[score_index] = 1 / scale
+            critic._start(score_index, reward_model)
         return critic.requires_grad_(True)
+
+    @torch.no_grad()
+    def _start(self, index: int, reward_model: RewardModel) -> None:
+        """Let one head say mean_m (w_m x + b_m - mean_m) / scale_m, shifted and scaled as the final score is."""
+        head, unit = reward_model.models[0].score, reward_model.scales[0]
+        rows = range(head.out_features)
+        shares = head.weight.new_tensor([unit / reward_model.scales[row] for row in rows])
+        self.heads.weight[index] = (shares.unsqueeze(1) * head.weight).mean(dim=0)
+        if head.bias is not None:
+            self.heads.bias[index] = (shares * head.bias).mean()
+        mean = sum(reward_model.means[row] / reward_model.scales[row] for row in rows) / len(rows)
+        self.shift[index] = -(mean + reward_model.shift) / reward_model.scale
+        self.scale[index] = 1 / (unit * reward_model.scale)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """Values [B, S, heads] after reading each position of `input_ids` [B, S]."""
@@ -84,18 +95,17 @@ def score_normalisation(model: Any) -> tuple[float, float]:
 def set_score_normalisation(model: Any, mean: float, scale: float) -> None:
     """Keep the raw score's mean and standard deviation on reference samples in the model's config, to be saved with it.
 
-    Raises `DivergenceError` if they are not finite and `InputError` if the scores do not vary.
+    Raises as `require_spread` does.
     """
+    require_spread(mean, scale)
+    model.config.kedge_score_mean = float(mean)
+    model.config.kedge_score_scale = float(scale)
+
+
+def require_spread(mean: float, scale: float) -> None:
+    """Raise `DivergenceError` if scores are not finite and `InputError` if they do not vary."""
     if not (math.isfinite(mean) and math.isfinite(scale)):
         raise DivergenceError(f"the reward model's scores are not finite (mean {mean}, scale {scale})")
     if scale <= 0:
         what = f"the scores of the reference's samples do not vary (standard deviation {scale})"
         raise InputError(Problem("reward model", what, "train it longer or give it pairs that differ"))
-    model.config.kedge_score_mean = float(mean)
-    model.config.kedge_score_scale = float(scale)
-
-
-def normalised_score(model: Any, raw: Tensor) -> Tensor:
-    """`(raw - mean) / scale` with the model's own normalisation: 0 mean and unit variance on reference samples."""
-    mean, scale = score_normalisation(model)
-    return (raw - mean) / scale

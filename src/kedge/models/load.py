@@ -80,7 +80,7 @@ def scratch_policy(
         )
     else:
         raise InputError(Problem("model.family", f"{family!r} is not known", "use llama or gpt2"))
-    return _seeded(seed, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+    return seeded_weights(seed, lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
 def load_policy(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -101,23 +101,48 @@ def load_policy(path: str | Path, *, trust_remote_code: bool = False) -> tuple[A
     return model, tokenizer
 
 
-def load_reward_model(path: str | Path) -> Any:
-    """The reward model in a folder or on the Hub: `AutoModelForSequenceClassification` with one label, eval mode.
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder. Raises `InputError` where there is none, or none that can end a response."""
+    check_tokenizer_files(folder)
+    tokenizer = _attempt(folder, "tokenizer", lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+    if tokenizer.eos_token_id is None:
+        remedy = "set eos_token in tokenizer_config.json"
+        raise InputError(Problem(str(folder), "its tokenizer has no end-of-sequence token", remedy))
+    return tokenizer
 
-    Its logit is the raw score; `kedge.models.heads.normalised_score` applies the normalisation kept in its config.
-    Raises `InputError` as `load_policy` does, and for a model without a one-label score head.
+
+def load_classifier(path: str | Path, heads: int = 1) -> Any:
+    """The `AutoModelForSequenceClassification` with `heads` labels in a folder or on the Hub, eval mode.
+
+    Raises `InputError` as `load_policy` does, and for a model without a linear score head of that many labels.
     """
     local = is_local(path)
     if local:
         check_folder(Path(path), trust_remote_code=False)
     options = {"trust_remote_code": False, "local_files_only": local}
-    model = _load(AutoModelForSequenceClassification, path, {**options, "num_labels": 1})
-    _score_head(model, str(path))
+    model = _load(AutoModelForSequenceClassification, path, {**options, "num_labels": heads})
+    _score_head(model, str(path), heads)
     return model
 
 
 def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
-    """Write an ordinary Hugging Face folder, safetensors only; `path` appears complete or not at all.
+    """Write an ordinary Hugging Face folder, safetensors only, as `write_folder` does."""
+
+    def fill(folder: Path) -> None:
+        save_pretrained(model, tokenizer, folder)
+
+    write_folder(path, fill)
+
+
+def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer into a folder that is being filled, without a word on the terminal."""
+    with _quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def write_folder(path: str | Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write the files of a folder; `path` appears complete or not at all.
 
     A folder that is already there is replaced, and kept if the new one cannot be put in its place. Raises `InputError`
     if that place cannot be written.
@@ -128,9 +153,7 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> None:
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name")
         partial.mkdir(parents=True)
-        with _quiet():
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        fill(partial)
         if path.exists():
             path.replace(old)
         partial.replace(path)
@@ -163,23 +186,25 @@ def disable_dropout(model: Any) -> Any:
     return model.eval()
 
 
-def reward_model_from(policy_model: Any, seed: int) -> Any:
-    """A reward model of the policy's configuration that starts from a copy of its trunk.
+def reward_model_from(policy_model: Any, seed: int, heads: int = 1) -> Any:
+    """A sequence classifier of the policy's configuration that starts from a copy of its trunk.
 
-    The score head is drawn from N(0, 1 / sqrt(d + 1)), d the width (Stiennon et al. 2020, Appendix B.1).
+    The score heads are drawn from N(0, 1 / sqrt(d + 1)), d the width (Stiennon et al. 2020, Appendix B.1).
     """
     config = copy.deepcopy(policy_model.config)
-    config.num_labels = 1
-    model = _seeded(seed, lambda: AutoModelForSequenceClassification.from_config(config, dtype=policy_model.dtype))
+    config.num_labels = heads
+    model = seeded_weights(
+        seed, lambda: AutoModelForSequenceClassification.from_config(config, dtype=policy_model.dtype)
+    )
     model.base_model.load_state_dict(policy_model.base_model.state_dict())
-    head = _score_head(model, str(config.model_type))
+    head = _score_head(model, str(config.model_type), heads)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1))
     return model.to(policy_model.device).eval()
 
 
-def _seeded(seed: int, build: Callable[[], Any]) -> Any:
+def seeded_weights(seed: int, build: Callable[[], Any]) -> Any:
     """`build()` under `seed` on the CPU generator, which is where Hugging Face models draw their weights."""
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(seed)
@@ -190,10 +215,11 @@ def _is_rate(name: str, value: object) -> bool:
     return ("dropout" in name or "pdrop" in name or "layerdrop" in name) and isinstance(value, float)
 
 
-def _score_head(model: Any, where: str) -> nn.Linear:
+def _score_head(model: Any, where: str, heads: int) -> nn.Linear:
     head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        what = f"{type(model).__name__} has no one-label `score` head"
+    if not isinstance(head, nn.Linear) or head.out_features != heads:
+        labels = "one-label" if heads == 1 else f"{heads}-label"
+        what = f"{type(model).__name__} has no {labels} `score` head"
         raise InputError(Problem(where, what, "use a decoder-only family such as Llama, Qwen or GPT-2"))
     return head
 

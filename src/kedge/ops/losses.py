@@ -1,10 +1,9 @@
-"""Losses per token or per pair; callers average them."""
+"""Losses per token; callers average them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from kedge.ops.masked import masked_sum
 
@@ -30,16 +29,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, variance: Te
     scale = variance.sqrt()
     held = old_values + (values - old_values).clamp(-clip * scale, clip * scale)
     return torch.maximum((values - returns) ** 2, (held - returns) ** 2) / (2 * variance)
-
-
-def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Negative log-likelihood of the choice, per pair: -log sigmoid(chosen - rejected), in nats."""
-    return softplus(rejected - chosen)
-
-
-def preference_probability(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Bradley–Terry probability that `chosen` beats `rejected`."""
-    return torch.sigmoid(chosen - rejected)
 
 
 def token_nll(logprobs: Tensor, mask: Tensor, tokens: float) -> Tensor:

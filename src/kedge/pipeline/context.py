@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kedge.data.records import Demonstration, Loaded, Preference, Prompt
+from kedge.data.records import Demonstration, Judgment, Loaded, Preference, Prompt, graded, prompt_text
 from kedge.data.task import Task
 from kedge.data.tokenise import decode, encode_prompt, encode_response
 from kedge.models.load import disable_dropout, load_policy
@@ -17,7 +17,8 @@ from kedge.progress import Interrupt, Progress, Stage
 from kedge.recipe import Recipe
 from kedge.rollout.engine import TorchEngine
 from kedge.rollout.given import as_prompts, as_rollouts
-from kedge.structs import Prompts, Rollouts, Sampling
+from kedge.rollout.rules import RuleReward
+from kedge.structs import Judgments, Prompts, Rollouts, Sampling
 from kedge.trace.jsonl import append_json
 from kedge.trace.run_dir import RunDir
 
@@ -34,6 +35,7 @@ class Context:
     tokenizer: Any
     progress: Progress
     interrupt: Interrupt
+    rules: Mapping[str, RuleReward] = field(default_factory=dict)
 
     @property
     def pad_id(self) -> int:
@@ -76,11 +78,28 @@ class Context:
         """Demonstrations as rollouts that ended."""
         return self.encode([row.prompt for row in loaded.rows], [row.response for row in loaded.rows])
 
-    def encode_preferences(self, rows: Sequence[Preference]) -> tuple[Rollouts, Rollouts]:
-        """Chosen and rejected responses."""
-        prompts = [row.prompt for row in rows]
-        chosen = self.encode(prompts, [row.chosen for row in rows])
-        return chosen, self.encode(prompts, [row.rejected for row in rows])
+    def encode_judgments(self, rows: Sequence[Judgment]) -> Judgments:
+        """What annotators said, as token ids; `group_id` of a response numbers its prompt in the order first seen."""
+        prompts: list[Prompt] = []
+        responses: list[str] = []
+        grades: list[tuple[float, ...]] = []
+        for row in rows:
+            judged, said = graded(row)
+            prompts += [row.prompt] * len(judged)
+            responses += judged
+            grades.append(said)
+        width = max(map(len, grades), default=0)
+        counts = torch.tensor([len(said) for said in grades])
+        place = torch.arange(width).expand(len(grades), width)
+        index = (counts.cumsum(0) - counts).unsqueeze(1) + place
+        held = place < counts.unsqueeze(1)
+        padded = torch.tensor([[*said, *[0.0] * (width - len(said))] for said in grades])
+        margin = torch.tensor([(row.margin or 0.0) if isinstance(row, Preference) else 0.0 for row in rows])
+        texts = [prompt_text(prompt) for prompt in prompts]
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        group = torch.tensor([numbers[text] for text in texts])
+        rollouts = replace(self.encode(prompts, responses), group_id=group)
+        return Judgments(rollouts, index.masked_fill(~held, -1), padded, margin)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> Prompts:
         """Prompts to answer; `group_id` numbers them in the order given."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kedge.data.records import prompt_text
 from kedge.evaluate.policy import Evaluation, EvaluationSet, Judge, evaluate, prepare
-from kedge.models.heads import Critic, normalised_score
-from kedge.models.load import disable_dropout, load_reward_model, save_model
+from kedge.models.heads import Critic
+from kedge.models.load import save_model
+from kedge.models.reward import RewardModel, load_reward_model
 from kedge.ops.rewards import clip_scores
 from kedge.pipeline.context import Context
 from kedge.pipeline.probes import Probes, prepare_probes
 from kedge.rollout.given import as_rollouts
-from kedge.rollout.score import reward_model_scores
-from kedge.structs import Rollouts
+from kedge.rollout.reward import judge, scores
+from kedge.rollout.rules import RuleReward
+from kedge.rollout.score import Rewarder
+from kedge.rollout.uncertainty import Uncertainty, uncertainty
+from kedge.structs import Opinion, Prompts, Rollouts
 from kedge.trace.jsonl import append_json
 from kedge.trace.writer import SampleRecord, TraceWriter
 from kedge.train import checkpoint
@@ -48,7 +51,7 @@ class Watch:
 
 def optimised(context: Context) -> None:
     """PPO from `models/sft` against `models/reward`, going on from the newest checkpoint; writes `models/policy`."""
-    learner, reference, score = _models(context)
+    learner, reference, reward_model = _models(context)
     recipe = context.recipe
     found = checkpoint.latest(context.run.checkpoints)
     kl = recipe.policy.kl
@@ -58,21 +61,24 @@ def optimised(context: Context) -> None:
         context.event("policy", state.step, "resumed", f"policy: going on from step {state.step}")
     # Without a checkpoint the evaluation before the first step is made again, too.
     context.run.truncate(-1 if found is None else state.step)
-    watch = _watch(context, reference, score)
+    watch = _watch(context, reference, reward_model)
     texts = context.task.prompts.rows
     pool = context.encode_prompts(texts)
+    prompts = [prompt_text(text) for text in texts]
     per_step, samples = recipe.policy.prompts_per_step, recipe.policy.samples_per_prompt
     steps = train_policy(
         learner,
         reference,
-        {"score": lambda rollouts: _clipped(score(rollouts), recipe.policy.score_clip)},
+        {
+            "score": lambda rollouts: _clipped(judge(reward_model, rollouts), recipe.policy.score_clip),
+            **_rules(context, prompts),
+        },
         lambda step: prompt_batch(pool, per_step, samples, recipe.seed, step),
         context.engine,
         _settings(context),
         state,
     )
     total = recipe.policy.steps
-    prompts = [prompt_text(text) for text in texts]
     with (
         TraceWriter(context.run, text=recipe.trace.text, keep=recipe.trace.keep) as writer,
         context.progress.stage("policy", total, start=state.step) as stage,
@@ -80,7 +86,8 @@ def optimised(context: Context) -> None:
         if state.step == 0:
             _look(context, learner, watch, writer, state)
         for step in steps:
-            figures = _record(context, writer, step, prompts)
+            doubt = _uncertainty(context, reward_model, reference, step)
+            figures = _record(context, writer, step, doubt, prompts)
             stage.advance(
                 step.number,
                 score=figures["score/mean"],
@@ -98,14 +105,14 @@ def optimised(context: Context) -> None:
     save_model(learner.policy, context.tokenizer, context.run.models / "policy")
 
 
-def _models(context: Context) -> tuple[Learner, Any, Callable[[Rollouts], Tensor]]:
-    """The learner, the frozen reference and the normalised score."""
+def _models(context: Context) -> tuple[Learner, Any, RewardModel]:
+    """The learner, the frozen reference and the reward model."""
     settings = context.recipe.policy
     policy = context.policy(context.run.models / "sft")
     reference = context.policy(context.run.models / "sft").requires_grad_(False)
-    reward_model = disable_dropout(load_reward_model(context.run.models / "reward")).requires_grad_(False)
+    reward_model = load_reward_model(context.run.models / "reward")
     scalar = settings.critic == "scalar"
-    heads = (SCALAR_CRITIC,) if scalar else channel_names(("score",))
+    heads = (SCALAR_CRITIC,) if scalar else channel_names(("score", *context.rules))
     critic = Critic.from_reward_model(reward_model, heads, None if scalar else heads.index("score"))
     learner = Learner(
         policy,
@@ -113,12 +120,22 @@ def _models(context: Context) -> tuple[Learner, Any, Callable[[Rollouts], Tensor
         critic,
         torch.optim.Adam(critic.parameters(), lr=settings.critic_lr, eps=ADAM_EPSILON),
     )
-    return learner, reference, lambda r: reward_model_scores(reward_model, r, normalise=normalised_score)
+    return learner, reference, reward_model
 
 
-def _clipped(score: Tensor, limit: float) -> Tensor:
-    """Held within the limit, except for what is not finite: that must be seen, not clipped."""
-    return torch.where(score.isfinite(), clip_scores(score, limit), score)
+def _rules(context: Context, prompts: list[str]) -> dict[str, Rewarder]:
+    """The recipe's rewards that are not a model; `group_id` numbers `prompts`."""
+
+    def of_text(rule: RuleReward) -> Rewarder:
+        return lambda rollouts: rule([prompts[group] for group in rollouts.group_id.tolist()], context.text(rollouts))
+
+    return {name: of_text(rule) for name, rule in context.rules.items()}
+
+
+def _clipped(opinion: Opinion, limit: float) -> Opinion:
+    """The score held within the limit, except for what is not finite: that must be seen, not clipped."""
+    score = opinion.score
+    return replace(opinion, score=torch.where(score.isfinite(), clip_scores(score, limit), score))
 
 
 def _settings(context: Context) -> PolicySettings:
@@ -136,7 +153,12 @@ def _settings(context: Context) -> PolicySettings:
             temperature=policy.temperature,
             microbatch=policy.microbatch,
         ),
-        weights={"score": 1.0, "length": -policy.length_penalty, "missing_eos": -policy.missing_eos_penalty},
+        weights={
+            "score": 1.0,
+            **{name: rule.weight for name, rule in context.recipe.rewards.items()},
+            "length": -policy.length_penalty,
+            "missing_eos": -policy.missing_eos_penalty,
+        },
         gamma=policy.gamma,
         lam=policy.lam,
         whiten=policy.whiten,
@@ -147,7 +169,8 @@ def _settings(context: Context) -> PolicySettings:
     )
 
 
-def _watch(context: Context, reference: Any, score: Callable[[Rollouts], Tensor]) -> Watch:
+def _watch(context: Context, reference: Any, reward_model: RewardModel) -> Watch:
+    score = partial(scores, reward_model)
     judge = Judge(context.engine, context.sampling, score, context.text, context.eos_id, context.task.truth)
     texts = context.task.evaluation.rows
     prompts = context.encode_prompts(texts)
@@ -170,15 +193,30 @@ def _anchor(context: Context) -> Rollouts | None:
     return context.encode_demonstrations(task.held_out) if task.held_out.rows else None
 
 
-def _record(context: Context, writer: TraceWriter, step: Step, prompts: list[str]) -> dict[str, float]:
+def _uncertainty(context: Context, reward_model: RewardModel, reference: Any, step: Step) -> Uncertainty:
+    """How far the scores of a step can be trusted; members are compared on answers of the reference where a prompt has
+    but one response."""
+    scored = step.experience.scored
+    rollouts, answers = scored.rollouts, None
+    if reward_model.members > 1 and context.recipe.policy.samples_per_prompt == 1:
+        prompts = Prompts(rollouts.prompt_ids, rollouts.prompt_mask, rollouts.group_id)
+        generator = seeded(context.recipe.seed, "disagreement", step.number)
+        answers = context.engine.generate(reference, prompts, context.sampling, generator)
+    return uncertainty(reward_model, scored.opinions["score"], rollouts, answers)
+
+
+def _record(
+    context: Context, writer: TraceWriter, step: Step, doubt: Uncertainty, prompts: list[str]
+) -> dict[str, float]:
     """Metrics, trace rows and timings of one step; returns the metrics."""
     began = time.perf_counter()
-    figures = step_metrics(step)
+    figures = step_metrics(step, doubt)
     rollouts = step.experience.scored.rollouts
     policy, keep_text = context.recipe.policy, context.recipe.trace.text != "none"
     writer.write_step(
         step_record(
             step,
+            doubt,
             gamma=policy.gamma,
             lam=policy.lam,
             prompts=[prompts[group] for group in rollouts.group_id.tolist()] if keep_text else None,
@@ -201,6 +239,9 @@ def _look(context: Context, learner: Learner, watch: Watch, writer: TraceWriter,
         return
     generator = seeded(recipe.seed, "evaluation")  # the same draws at every step: what differs is the policy
     found = evaluate(learner.policy, watch.reference, watch.judge, watch.fixed, generator)
+    asked = [prompt_text(text) for text in watch.fixed.texts]
+    for name, rule in context.rules.items():
+        found.metrics[f"evaluation/rewards/{name}"] = float(rule(asked, found.texts).mean())
     if watch.anchor is not None:
         loss, accuracy = heldout_loss(learner.policy, watch.anchor)
         found.metrics.update({"evaluation/anchor_loss": loss, "evaluation/anchor_accuracy": accuracy})

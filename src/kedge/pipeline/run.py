@@ -20,14 +20,16 @@ from kedge.pipeline.policy import optimised
 from kedge.pipeline.reward import rewarded
 from kedge.pipeline.sft import supervised
 from kedge.pipeline.summary import summary
-from kedge.pipeline.tasks import inputs_of
+from kedge.pipeline.tasks import Inputs, inputs_of
 from kedge.progress import Interrupt, Progress
 from kedge.recipe import Recipe
 from kedge.report.html import write_report
+from kedge.rollout.rules import rule_reward
 from kedge.trace.jsonl import append_json, read_json_lines, write_atomically
 from kedge.trace.run_dir import RunDir
 from kedge.train.experience import channel_names
 
+SHARED = ("seed", "world", "desk", "data", "model")  # what a run and the one it starts from have in common
 STAGES = ("sft", "reward", "policy", "evaluate")
 
 
@@ -41,23 +43,28 @@ def run(
     progress: Progress,
     interrupt: Interrupt,
     start: Path | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, Any]:
     """Carry out `stages` of `recipe` in the folder `out` and return the summary.
 
     With `resume`, finished stages are left alone and the policy stage goes on from its newest checkpoint; the result
     equals that of an uninterrupted run, byte for byte. Input is read and checked before anything is written. `start`
-    is a finished run whose supervised policy and reward model this one takes over.
+    is a run whose supervised policy, and reward model if it has one, this one takes over. `inputs` are texts other than
+    those the recipe names.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if resume:
         _refuse_changes(RunDir(out), recipe)
-    inputs = inputs_of(recipe)
+    if start is not None:
+        _refuse_start(RunDir(start), recipe)
+    inputs = inputs or inputs_of(recipe)
+    rules = {name: rule_reward(name, rule) for name, rule in recipe.rewards.items()}
     folder = RunDir.create(out, resume=resume)
     _sweep(folder)
     if not folder.recipe_json.exists():
         _begin(folder, recipe, recipe_text)
-    context = Context(recipe, folder, inputs.task, inputs.tokenizer, progress, interrupt)
+    context = Context(recipe, folder, inputs.task, inputs.tokenizer, progress, interrupt, rules)
     for line in inputs.left_out:
         context.event("data", 0, "rejected_rows", line)
     with _status(context):
@@ -75,14 +82,31 @@ def _refuse_changes(folder: RunDir, recipe: Recipe) -> None:
     """Raise `InputError` if the run in `folder` began with other settings."""
     if not folder.recipe_json.exists():
         return
-    try:
-        before = json.loads(folder.recipe_json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        remedy = "take it from a copy, or choose another --out"
-        raise InputError(Problem(str(folder.recipe_json), f"not readable: {error}", remedy)) from None
-    changed = list(_differences(before, recipe.model_dump(mode="json")))
     remedy = "give the settings it began with, or choose another --out"
-    problems = [Problem(f"{folder.path}: {key}", f"was {old!r}, now {new!r}", remedy) for key, old, new in changed]
+    _refuse(folder, _differences(_began_with(folder), recipe.model_dump(mode="json")), remedy)
+
+
+def _refuse_start(folder: RunDir, recipe: Recipe) -> None:
+    """Raise `InputError` if the models in `folder` speak of other data, or in other tokens."""
+    before, now = (
+        {name: given[name] for name in SHARED} for given in (_began_with(folder), recipe.model_dump(mode="json"))
+    )
+    for given in (before, now):
+        given["desk"] = {"demonstrations": given["desk"]["demonstrations"]}
+    _refuse(folder, _differences(before, now), "give the settings it was made with, or leave --start out")
+
+
+def _began_with(folder: RunDir) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(folder.recipe_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        remedy = "take it from a copy, or choose another folder"
+        raise InputError(Problem(str(folder.recipe_json), f"not readable: {error}", remedy)) from None
+    return settings
+
+
+def _refuse(folder: RunDir, differences: Iterator[tuple[str, Any, Any]], remedy: str) -> None:
+    problems = [Problem(f"{folder.path}: {key}", f"was {old!r}, now {new!r}", remedy) for key, old, new in differences]
     if problems:
         raise InputError(problems)
 
@@ -105,7 +129,7 @@ def _begin(folder: RunDir, recipe: Recipe, recipe_text: str) -> None:
         world=recipe.world,
         versions={"python": platform.python_version(), **{name: version(name) for name in names}},
         stages={},
-        channels=list(channel_names(("score",))),
+        channels=list(channel_names(("score", *recipe.rewards))),
         gamma=recipe.policy.gamma,
         lam=recipe.policy.lam,
         critic=recipe.policy.critic,
@@ -115,26 +139,29 @@ def _begin(folder: RunDir, recipe: Recipe, recipe_text: str) -> None:
 
 
 def _start_from(source: RunDir, folder: RunDir) -> None:
-    """Copy the models that PPO starts from, with the metrics of the stages that made them."""
+    """Copy the models that `source` has finished before PPO, with the metrics of the stages that made them."""
     done = dict(folder.read_manifest()["stages"])
-    if "reward" in done:
+    finished = source.read_manifest()["stages"]
+    taken = [name for name in ("sft", "reward") if finished.get(name) == "done" and name not in done]
+    if not taken:
         return
-    folder.drop_stages("sft", "reward")
-    for name in ("sft", "reward"):
-        shutil.copytree(source.models / name, folder.models / name, dirs_exist_ok=True)
+    folder.drop_stages(*taken)
+    for name in taken:
+        for model in source.models.glob(f"{name}*"):  # with earlier checkpoints that sample pairs
+            shutil.copytree(model, folder.models / model.name, dirs_exist_ok=True)
     for line in read_json_lines(source.metrics):
-        if line["stage"] in ("sft", "reward"):
+        if line["stage"] in taken:
             append_json(folder.metrics, line)
-    folder.update_manifest(stages={**done, "sft": "done", "reward": "done"}, started_from=source.path.name)
+    folder.update_manifest(stages={**done, **dict.fromkeys(taken, "done")}, started_from=source.path.name)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for key in now:
-        name = f"{prefix}{key}"
-        if isinstance(now[key], dict):
-            yield from _differences(before.get(key, {}), now[key], f"{name}.")
-        elif before.get(key) != now[key]:
-            yield name, before.get(key), now[key]
+    for key in {**now, **before}:  # a rule that is gone is a difference, too
+        name, old, new = f"{prefix}{key}", before.get(key), now.get(key)
+        if isinstance(old, dict) or isinstance(new, dict):
+            yield from _differences(old or {}, new or {}, f"{name}.")
+        elif old != new:
+            yield name, old, new
 
 
 @contextmanager

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kedge.data.records import Demonstration, Loaded, Preference, Prompt, prompt_text
+from kedge.data.records import Demonstration, Judgment, Loaded, Prompt, graded, prompt_text
 from kedge.data.split import is_held_out
 from kedge.data.task import Task
 from kedge.data.tokenise import train_tokenizer, within_context
-from kedge.data.validate import load_demonstrations, load_preferences, load_prompts
+from kedge.data.validate import load_demonstrations, load_judgments, load_prompts
 from kedge.desk.annotators import Bias
 from kedge.desk.world import desk_task
 from kedge.errors import InputError, Problem
+from kedge.evaluate.reward.padding import NEUTRAL, sentences_of
 from kedge.models.load import load_policy
 from kedge.recipe import Recipe
 
@@ -81,9 +82,9 @@ def _from_files(recipe: Recipe) -> Inputs:
     demonstrations: Loaded[Demonstration] = Loaded.of((), "data.demonstrations")
     if data.demonstrations is not None:
         demonstrations = load_demonstrations(data.demonstrations, max_rejected=data.max_rejected)
-    preferences: Loaded[Preference] = Loaded.of((), "data.preferences")
+    judgments: Loaded[Judgment] = Loaded.of((), "data.preferences")
     if data.preferences is not None:
-        preferences = load_preferences(data.preferences, max_rejected=data.max_rejected)
+        judgments = load_judgments(data.preferences, max_rejected=data.max_rejected)
     own = load_prompts(data.prompts, max_rejected=data.max_rejected) if data.prompts is not None else None
     text = _pieces(data.text) if data.text is not None else ()
 
@@ -91,7 +92,7 @@ def _from_files(recipe: Recipe) -> Inputs:
         return not is_held_out(prompt, data.holdout)
 
     def learnable() -> list[str]:
-        return _seen_texts(recipe, demonstrations.where(lambda row: shown(row.prompt)), preferences)
+        return _seen_texts(recipe, demonstrations.where(lambda row: shown(row.prompt)), judgments)
 
     tokenizer = _tokenizer(recipe, lambda: train_tokenizer(learnable(), vocab=recipe.model.vocab))
 
@@ -99,8 +100,8 @@ def _from_files(recipe: Recipe) -> Inputs:
         context, tolerance = recipe.model.context, data.max_rejected
         return within_context(tokenizer, loaded, context=context, max_rejected=tolerance, max_new_tokens=budget)
 
-    demonstrations, preferences = fitting(demonstrations), fitting(preferences)
-    derived = demonstrations.map(_prompt_of) if demonstrations.rows else preferences.map(_prompt_of)
+    demonstrations, judgments = fitting(demonstrations), fitting(judgments)
+    derived = demonstrations.map(_prompt_of) if demonstrations.rows else judgments.map(_prompt_of)
     prompts = fitting(derived if own is None else own, recipe.policy.max_new_tokens)
     distinct = _distinct(prompts)
     task = Task(
@@ -108,11 +109,12 @@ def _from_files(recipe: Recipe) -> Inputs:
         held_out=demonstrations.where(lambda row: not shown(row.prompt)),
         prompts=distinct.where(shown),
         evaluation=_first(distinct.where(lambda prompt: not shown(prompt)), recipe.evaluate.prompts),
-        preferences=preferences,
+        judgments=judgments,
         text=text,
+        neutral=sentences_of(data.neutral) if data.neutral is not None else NEUTRAL,
     )
     _require_both_sides(task, len(distinct.rows), len(demonstrations.rows))
-    lines = [_left_out(loaded) for loaded in (demonstrations, preferences, prompts) if loaded.rejected]
+    lines = [_left_out(loaded) for loaded in (demonstrations, judgments, prompts) if loaded.rejected]
     return Inputs(task, tokenizer, tuple(dict.fromkeys(lines)))
 
 
@@ -149,7 +151,7 @@ def _left_out(loaded: Loaded[Any]) -> str:
     return f"{len(loaded.rejected)} of {loaded.total} rows left out; first: {loaded.rejected[0]}"
 
 
-def _prompt_of(row: Demonstration | Preference) -> Prompt:
+def _prompt_of(row: Demonstration | Judgment) -> Prompt:
     return row.prompt
 
 
@@ -169,12 +171,12 @@ def _first(prompts: Loaded[Prompt], count: int) -> Loaded[Prompt]:
     return Loaded(prompts.rows[:count], prompts.lines[:count], (), min(count, prompts.total))
 
 
-def _seen_texts(recipe: Recipe, shown: Loaded[Demonstration], preferences: Loaded[Preference]) -> list[str]:
+def _seen_texts(recipe: Recipe, shown: Loaded[Demonstration], judgments: Loaded[Judgment]) -> list[str]:
     """What a tokenizer may learn from: every text that training sees, none that only measures."""
     texts = [text for row in shown.rows for text in (*_contents(row.prompt), row.response)]
-    for pair in preferences.rows:
-        if not is_held_out(pair.prompt, max(recipe.reward.holdout, recipe.data.holdout)):
-            texts += [*_contents(pair.prompt), pair.chosen, pair.rejected]
+    for row in judgments.rows:
+        if not is_held_out(row.prompt, max(recipe.reward.holdout, recipe.data.holdout)):
+            texts += [*_contents(row.prompt), *graded(row)[0]]
     return texts
 
 

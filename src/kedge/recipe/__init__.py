@@ -86,6 +86,10 @@ def missing_files(recipe: Recipe, source: str = "recipe") -> list[Problem]:
     paths = {f"data.{name}": path for name, path in recipe.data if isinstance(path, Path)}
     if recipe.model.init != "scratch":
         paths["model.init"] = Path(recipe.model.init)
+    for name, rule in recipe.rewards.items():
+        file = rule.function.rpartition(":")[0]
+        if file.endswith(".py"):
+            paths[f"rewards.{name}.function"] = Path(file)
     remedy = "correct the path; it starts at the recipe's folder, or with --set where you are"
     return [
         Problem(f"{source}: {key}", f"there is no {str(path)!r}", remedy)

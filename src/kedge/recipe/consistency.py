@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
-from kedge.recipe.sections import Data, Desk, Recipe
+from kedge.recipe.sections import Data, Desk, Recipe, Rule
 
-RESERVED = ("score", "kl", "length", "missing_eos", "critic")
+RESERVED = ("score", "kl", "length", "missing_eos", "critic", "whitening")
+# The first one is needed.
+_KEYS_OF_RULES = {"python": ("function",), "regex": ("pattern",), "http": ("url", "timeout", "retries")}
 
 
 def inconsistent(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
@@ -42,6 +46,8 @@ def _bad_sizes(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     if recipe.pairs.checkpoints > recipe.sft.steps:
         what = f"{recipe.pairs.checkpoints} is more than sft.steps = {recipe.sft.steps}"
         yield "pairs.checkpoints", what, "lower it"
+    if recipe.pairs.method == "beam" and recipe.pairs.top_p != 1:
+        yield "pairs.top_p", "is not read: a beam search draws nothing", 'leave it at 1, or set pairs.method = "sample"'
 
 
 def _bad_world(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
@@ -67,8 +73,49 @@ def _bad_reward(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         what = "a length head of its own and heads that share a trunk do not go together"
         yield "reward.length", what, 'set reward.trunk = "separate" or another reward.length'
     for name, rule in recipe.rewards.items():
-        needed = {"python": "function", "regex": "pattern", "http": "url"}[rule.kind]
-        if not getattr(rule, needed):
-            yield f"rewards.{name}.{needed}", f"is missing: a {rule.kind} reward needs it", f"write {needed} = ..."
         if name in RESERVED:
             yield f"rewards.{name}", "is the name of a built-in channel", "choose another name"
+        yield from ((f"rewards.{name}.{key}", what, remedy) for key, what, remedy in _bad_rule(rule))
+
+
+def _bad_rule(rule: Rule) -> Iterator[tuple[str, str, str]]:
+    own = _KEYS_OF_RULES[rule.kind]
+    for key in (key for keys in _KEYS_OF_RULES.values() for key in keys):
+        if key not in own and getattr(rule, key) != Rule.model_fields[key].default:
+            yield key, f"is not read by a {rule.kind} reward", "remove it, or change the kind"
+    if not getattr(rule, own[0]):
+        yield own[0], f"is missing: a {rule.kind} reward needs it", f"write {own[0]} = ..."
+    elif rule.kind == "python":
+        yield from _bad_function(rule.function)
+    elif rule.kind == "regex":
+        yield from _bad_pattern(rule.pattern)
+    else:
+        yield from _bad_url(rule.url)
+
+
+def _bad_function(function: str) -> Iterator[tuple[str, str, str]]:
+    source, _, name = function.rpartition(":")
+    dotted = source.endswith(".py") or all(part.isidentifier() for part in source.split("."))
+    if not (source and dotted and name.isidentifier()):
+        what = f"{function!r} names no function"
+        yield "function", what, "write file.py:name, from the recipe's folder, or package.module:name"
+
+
+def _bad_pattern(pattern: str) -> Iterator[tuple[str, str, str]]:
+    remedy = "correct it; between '...' TOML leaves backslashes alone"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield "pattern", f"is not a regular expression: {error.msg} at position {error.pos}", remedy
+    except (OverflowError, RecursionError) as error:
+        yield "pattern", f"is not a usable regular expression: {error}", remedy
+
+
+def _bad_url(url: str) -> Iterator[tuple[str, str, str]]:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:
+        usable = False
+    if not usable:
+        yield "url", "is not the address of an HTTP service", "write http://host:port/path or https://..."

@@ -63,6 +63,9 @@ class Data(Section):
         None, description="for the policy stage; the demonstrations' or preferences' if absent"
     )
     text: File | None = Field(None, description="plain text whose held-out loss anchors capability")
+    neutral: File | None = Field(
+        None, description="sentences that say nothing, one a line, for `reward.length`; English ones if absent"
+    )
     holdout: Part = Field(0.1, description="share of prompts kept for evaluation, by hash of the prompt")
     max_rejected: Share = Field(0.0, description="share of malformed or overlong rows to tolerate; they are listed")
 
@@ -136,8 +139,11 @@ class Reward(Section):
         "mean", description="how the members' normalised scores become one"
     )
     variance_weight: NonNegative = Field(0.1, description="taken off per unit of the members' variance")
-    length: Literal["keep", "residual", "two_head", "product", "resample"] = Field(
+    length: Literal["keep", "residual", "two_head", "product", "resample", "padded_residual", "padded_pairs"] = Field(
         "keep", description="how length is kept out of the score"
+    )
+    length_share: NonNegative = Field(
+        1.0, description="of what length adds, taken off by the residuals; above 1 length costs"
     )
 
 

@@ -34,7 +34,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     """
     view = read_view(run)
     out = view.run.dir.report if out is None else out
-    _write(out, "run.html", _run_page(view))
+    write_page(out, "run.html", _run_page(view))
     return out
 
 
@@ -44,11 +44,12 @@ def write_comparison(drift: Path, corrected: Path, out: Path, proposal: Proposal
     `proposal` is what the rule proposed from the trace of `drift` and `corrected` was run with.
     """
     first, second = read_view(drift), read_view(corrected)
-    _write(out, "comparison.html", _comparison_page(first, second, proposal, out))
+    write_page(out, "comparison.html", _comparison_page(first, second, proposal, out))
     return out
 
 
-def _write(out: Path, template: str, context: Mapping[str, Any]) -> None:
+def write_page(out: Path, template: str, context: Mapping[str, Any]) -> None:
+    """Fill a template of this package and write the page; every text in `context` is escaped unless it is Markup."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

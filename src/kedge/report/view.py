@@ -15,6 +15,8 @@ from kedge.diagnose.margin import TERCILES, Margin, margins
 from kedge.report.truth import read_truth
 from kedge.trace.reader import Run, Series, read_run
 
+BUILT_IN = ("score", "kl", "length", "missing_eos")  # channels; what else a run has are rules
+
 
 @dataclass(frozen=True)
 class View:
@@ -102,6 +104,8 @@ def _missing(
         found.append("Nobody knows the gold utility of this run's answers, so the report shows none.")
     if not run.probe_steps():
         found.append("No probe answers are on disk, so there is no matched margin and no verdict.")
+    if rules := [str(name) for name in run.manifest.get("channels", ()) if name not in BUILT_IN]:
+        found.append(f"Probes are not put to the rules: matched margin and verdict leave out {', '.join(rules)}.")
     if account is None:
         found.append("No rows of policy steps are on disk, so there is no ledger.")
     if not run.sample_steps():

@@ -34,8 +34,7 @@ class TorchEngine:
         rows = torch.arange(len(prompts))
         parts = [self._draw(policy, prompts.rows(part), sampling, generator) for part in rows.split(self.batch)]
         ids, logprobs = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-        is_eos = ids == self.eos_id
-        mask = (is_eos.cumsum(dim=1) - is_eos.long()) == 0
+        mask = through_end(ids, self.eos_id)
         length = int(mask.sum(dim=1).max())
         ids = ids.masked_fill(~mask, self.pad_id)
         return Rollouts(
@@ -43,7 +42,7 @@ class TorchEngine:
             prompt_mask=prompts.mask,
             response_ids=ids[:, :length],
             response_mask=mask[:, :length],
-            ended=(is_eos & mask).any(dim=1),
+            ended=(ids == self.eos_id).any(dim=1),
             group_id=prompts.group_id,
             behaviour_logprobs=logprobs.masked_fill(~mask, 0)[:, :length],
             policy_version=policy_version,
@@ -90,6 +89,12 @@ class TorchEngine:
             positions = positions[:, -1:] + 1
             step_ids = drawn.unsqueeze(1)
         return ids, logprobs
+
+
+def through_end(ids: Tensor, eos_id: int) -> Tensor:
+    """[B, T] bool: true through the first end token of each row, or everywhere where there is none."""
+    is_eos = ids == eos_id
+    return (is_eos.cumsum(dim=1) - is_eos.long()) == 0
 
 
 def truncate(logprobs: Tensor, top_p: float) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kedge.ops.logprobs import entropy, next_token_logprobs, taken
-from kedge.structs import Rollouts, ScoredRollouts, TokenScores
+from kedge.structs import Opinion, Rollouts, ScoredRollouts, TokenScores
 
-Rewarder = Callable[[Rollouts], Tensor]
-"""A terminal reward: rollouts to [B] scores in the channel's own unit."""
+Rewarder = Callable[[Rollouts], Tensor | Opinion]
+"""A terminal reward: rollouts to [B] scores in the channel's own unit, or to these with what they rest on."""
 
 
 def inputs(rollouts: Rollouts) -> dict[str, Tensor]:
@@ -66,12 +66,14 @@ def score_rollouts(
     microbatch: int = 256,
 ) -> ScoredRollouts:
     """One pass of each model over the rollouts; log-probabilities at the sampling temperature throughout."""
+    found = {name: rewarder(rollouts) for name, rewarder in rewarders.items()}
     return ScoredRollouts(
         rollouts=rollouts,
         old=token_scores(policy, rollouts, temperature=temperature, eos_id=eos_id, microbatch=microbatch),
         reference=token_scores(reference, rollouts, temperature=temperature, eos_id=eos_id, microbatch=microbatch),
         values=None if critic is None else _values(critic, rollouts, microbatch),
-        scores={name: rewarder(rollouts) for name, rewarder in rewarders.items()},
+        scores={name: one.score if isinstance(one, Opinion) else one for name, one in found.items()},
+        opinions={name: one for name, one in found.items() if isinstance(one, Opinion)},
     )
 
 
@@ -80,23 +82,22 @@ def _values(critic: Any, rollouts: Rollouts, microbatch: int) -> Tensor:
     return by_length(rollouts, lambda part: token_values(critic, part), microbatch)
 
 
-def reward_model_scores(model: Any, rollouts: Rollouts, *, normalise: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """[B] the reward model's score at the last real token, normalised as its configuration says."""
-
-    @torch.no_grad()
-    def score(part: Rollouts) -> Tensor:
-        return normalise(model, last_token_logits(model, part)).unsqueeze(1)
-
-    return by_length(rollouts, score, 512).squeeze(1)
-
-
 def last_token_logits(model: Any, rollouts: Rollouts) -> Tensor:
     """[B] raw output of a one-label sequence classifier at each row's last real token."""
-    columns = inputs(rollouts)
-    hidden = model.base_model(**columns, use_cache=False).last_hidden_state
+    return head_scores(model, rollouts).squeeze(-1)
+
+
+def head_scores(model: Any, rollouts: Rollouts) -> Tensor:
+    """[B, heads] raw output of each head of a sequence classifier at each row's last real token."""
+    scores: Tensor = model.score(last_states(model, rollouts))
+    return scores
+
+
+def last_states(model: Any, rollouts: Rollouts) -> Tensor:
+    """[B, width] what the heads of a sequence classifier read: the hidden state of each row's last real token."""
+    hidden: Tensor = model.base_model(**inputs(rollouts), use_cache=False).last_hidden_state
     last = rollouts.prompt_ids.shape[1] + rollouts.last
-    logits: Tensor = model.score(hidden[torch.arange(len(rollouts)), last]).squeeze(-1)
-    return logits
+    return hidden[torch.arange(len(rollouts)), last]
 
 
 def by_length(rollouts: Rollouts, score: Callable[[Rollouts], Tensor], microbatch: int) -> Tensor:

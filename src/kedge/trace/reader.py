@@ -19,7 +19,15 @@ from kedge.errors import InputError, Problem
 from kedge.trace.advantages import gae
 from kedge.trace.jsonl import Record, read_json_lines
 from kedge.trace.run_dir import RunDir
-from kedge.trace.schema import METADATA_KEY, TOKEN_FLOATS, check_version, probe_schema, sample_schema, step_schema
+from kedge.trace.schema import (
+    METADATA_KEY,
+    TOKEN_FLOATS,
+    TRUST,
+    check_version,
+    probe_schema,
+    sample_schema,
+    step_schema,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,6 +82,9 @@ class StepTrace:
     scale: Array  # [B] reward
     advantage_sum: Array  # [B] digest of what training used
     advantage_abs_sum: Array  # [B]
+    members: Array  # [B, M] normalised score of each member of a reward model of several, else M = 0
+    disagreement: Array  # [B] normalised score, nan where it is not known
+    support_distance: Array  # [B] from the reward model's training data, nan where it is not known
 
     def __len__(self) -> int:
         return len(self.ended)
@@ -231,10 +242,15 @@ def series(lines: Iterator[Record]) -> dict[str, Series]:
 
 def read_step(path: Path) -> StepTrace:
     """The rows in one `step-*.parquet`, digest unchecked. Raises InputError when the file is missing or damaged."""
+    import pyarrow as pa
+
     table = _parquet(path)
     about = _about(table, path)
     channels = tuple(str(channel) for channel in about["channels"])
-    _expect_columns(table, step_schema(channels), path)
+    members = int(about.get("members", 0))
+    for name in set(TRUST) - set(table.column_names):  # a trace of before they were kept
+        table = table.append_column(name, pa.nulls(len(table), pa.float32()))
+    _expect_columns(table, step_schema(channels, members), path)
     column = {name: table.column(name).combine_chunks() for name in table.column_names}
     counts = np.diff(column["response_mask"].offsets.to_numpy())
 
@@ -269,6 +285,9 @@ def read_step(path: Path) -> StepTrace:
         scale=flat("scale"),
         advantage_sum=flat("advantage_sum"),
         advantage_abs_sum=flat("advantage_abs_sum"),
+        members=np.array([flat(f"member.{member}") for member in range(members)]).reshape(members, len(counts)).T,
+        disagreement=flat("disagreement"),
+        support_distance=flat("support_distance"),
     )
 
 

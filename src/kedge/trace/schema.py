@@ -72,6 +72,8 @@ METRICS: tuple[Metric, ...] = (
             "reward-model score before any penalty, held within policy.score_clip",
         ),
         ("score/std", "normalised score", "standard deviation over responses", "spread of the score"),
+        ("rewards/<channel>/mean", "the rule's own", _RESPONSES, "a rule's number, held within its clip"),
+        ("rewards/<channel>/std", "the rule's own", "standard deviation over responses", "spread of that number"),
         ("kl/reference_per_sequence", "nats per response", _RESPONSES, "k1: sum_t log pi_old - log pi_ref"),
         ("kl/reference_per_token", "nats per token", _TOKENS, "k1: log pi_old - log pi_ref"),
         ("kl/reference_per_sequence_k3", "nats per response", _RESPONSES, "k3: sum_t exp(-k1) - 1 + k1"),
@@ -98,11 +100,33 @@ METRICS: tuple[Metric, ...] = (
         ),
         ("value/explained_variance.<head>", "1", "one value", "1 - Var(return - value) / Var(return) over tokens"),
         ("weight/<channel>", "reward per channel unit", _RESPONSES, "w_c; minus beta for kl"),
+        (
+            "uncertainty/disagreement",
+            "normalised score",
+            _RESPONSES,
+            "standard deviation (M - 1) over the reward model's M members, each centred on the prompt: on its mean "
+            "over n responses, times sqrt(n / (n - 1)), or, with one sample per prompt, on the score of a reference "
+            "answer",
+        ),
+        (
+            "uncertainty/beyond_support",
+            "share",
+            _RESPONSES,
+            "Mahalanobis distance of the first member's last hidden state from its training data's, greater than that "
+            "of 99% of held-out responses",
+        ),
+        (
+            "uncertainty/longer_than_training",
+            "share",
+            _RESPONSES,
+            "longer than 99% of the responses that the reward model was trained on",
+        ),
     ),
     *_metrics(
         "evaluation",
         ("evaluation/score", "normalised score", _PROMPTS, "the policy's answer, before any penalty"),
         ("evaluation/score_reference", "normalised score", _PROMPTS, "the reference's answers to the same prompts"),
+        ("evaluation/rewards/<channel>", "the rule's own", _PROMPTS, "a rule's number for the policy's answer"),
         ("evaluation/kl_per_sequence", "nats per response", _PROMPTS, "k1: sum_t log pi - log pi_ref"),
         ("evaluation/kl_per_token", "nats per token", "mean over evaluation tokens", "k1: log pi - log pi_ref"),
         (
@@ -189,10 +213,11 @@ TOKEN_FLOATS = (
     "reference_eos_logprob",
     "entropy",
 )
+TRUST = ("disagreement", "support_distance")  # null where they are not known; older traces lack them
 
 
 @cache
-def _step_schema(channels: tuple[str, ...]) -> pa.Schema:
+def _step_schema(channels: tuple[str, ...], members: int) -> pa.Schema:
     import pyarrow as pa
 
     floats = pa.list_(pa.float32())
@@ -216,13 +241,15 @@ def _step_schema(channels: tuple[str, ...]) -> pa.Schema:
         ("scale", pa.float32()),
         ("advantage_sum", pa.float32()),
         ("advantage_abs_sum", pa.float32()),
+        *((f"member.{member}", pa.float32()) for member in range(members)),
+        *((name, pa.float32()) for name in TRUST),
     ]
     return pa.schema(columns)
 
 
-def step_schema(channels: Sequence[str]) -> pa.Schema:
-    """Columns of `trace/step-*.parquet`, one row a response."""
-    return _step_schema(tuple(channels))
+def step_schema(channels: Sequence[str], members: int = 0) -> pa.Schema:
+    """Columns of `trace/step-*.parquet`, one row a response. `members` counts those of a reward model of several."""
+    return _step_schema(tuple(channels), members)
 
 
 def probe_schema() -> pa.Schema:

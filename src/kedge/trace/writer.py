@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kedge.trace.jsonl import cannot_write, temporary_name
 from kedge.trace.run_dir import RunDir
-from kedge.trace.schema import METADATA_KEY, TOKEN_FLOATS, VERSION, probe_schema, sample_schema, step_schema
+from kedge.trace.schema import METADATA_KEY, TOKEN_FLOATS, TRUST, VERSION, probe_schema, sample_schema, step_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -67,6 +67,9 @@ class StepRecord:
     advantage: Array  # [B, T]
     prompts: Texts = None  # [B] texts
     responses: Texts = None  # [B] texts
+    members: Array | None = None  # [B, M] normalised scores of a reward model's members, where it has several
+    disagreement: Array | None = None  # [B] normalised score; nan where it is not known
+    support_distance: Array | None = None  # [B] Mahalanobis
 
     def __post_init__(self) -> None:
         batch, length = self.response_ids.shape
@@ -77,11 +80,18 @@ class StepRecord:
             **dict.fromkeys(("group", "ended"), (batch,)),
             "weights": (batch, width),
             "prompt_mask": self.prompt_ids.shape,
+            "members": (batch, self.member_count),
+            **dict.fromkeys(TRUST, (batch,)),
         }
         for name, shape in shapes.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} has shape {found}, expected {shape}")
+            given = getattr(self, name)
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} has shape {given.shape}, expected {shape}")
+
+    @property
+    def member_count(self) -> int:
+        """How many members of a reward model have scores of their own."""
+        return 0 if self.members is None else self.members.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -229,13 +239,17 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
         "scale": np.full(batch, record.scale),
         "advantage_sum": advantage.sum(axis=1),
         "advantage_abs_sum": np.abs(advantage).sum(axis=1),
+        **{name: _nullable(getattr(record, name)) for name in TRUST},
     }
     for index, channel in enumerate(record.channels):
         columns[f"reward.{channel}"] = _ragged(record.rewards[..., index], context, pa.float32())
         columns[f"value.{channel}"] = _ragged(record.values[..., index], context, pa.float32())
         columns[f"weight.{channel}"] = record.weights[:, index]
-    table = _table(columns, step_schema(record.channels), batch)
+    if record.members is not None:
+        columns |= {f"member.{member}": scores for member, scores in enumerate(record.members.T)}
+    table = _table(columns, step_schema(record.channels, record.member_count), batch)
     about = {name: getattr(record, name) for name in ("step", "channels", "gamma", "lam", "critic")}
+    about["members"] = record.member_count
     return table.replace_schema_metadata({METADATA_KEY: json.dumps({"schema": VERSION, **about}, sort_keys=True)})
 
 
@@ -294,6 +308,13 @@ def _ragged(padded: Array, keep: Array, kind: pa.DataType) -> pa.Array:
     offsets = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
     flat = np.ascontiguousarray(padded[keep]).astype(kind.to_pandas_dtype(), copy=False)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind))
+
+
+def _nullable(values: Array | None) -> pa.Array | None:
+    """Floats with null for nan."""
+    import pyarrow as pa
+
+    return None if values is None else pa.array(values.astype(np.float32), from_pandas=True)
 
 
 def _texts(texts: Texts, mode: TextMode, count: int) -> pa.Array:

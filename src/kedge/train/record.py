@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kedge.ops.kl import k1, k3
 from kedge.ops.masked import masked_mean, masked_sum, masked_variance
+from kedge.rollout.uncertainty import Uncertainty
 from kedge.trace.writer import StepRecord
 from kedge.train.experience import SCALAR_CRITIC
 from kedge.train.policy import Step
@@ -19,7 +20,7 @@ def heads_of(channels: tuple[str, ...]) -> tuple[str, ...]:
     return (SCALAR_CRITIC,) if SCALAR_CRITIC in channels else channels
 
 
-def step_metrics(step: Step) -> dict[str, float]:
+def step_metrics(step: Step, doubt: Uncertainty) -> dict[str, float]:
     """The metrics of stage "policy", named and defined in `kedge.trace.schema`."""
     experience, stats = step.experience, step.stats
     scored, mask = experience.scored, experience.scored.rollouts.response_mask
@@ -49,6 +50,9 @@ def step_metrics(step: Step) -> dict[str, float]:
         "policy/grad_norm": stats.policy_grad_norm.mean(),
         "critic/grad_norm": stats.critic_grad_norm.mean(),
     }
+    for rule in (name for name in scored.scores if name != "score"):
+        rewards = experience.channel(rule)
+        figures[f"rewards/{rule}/mean"], figures[f"rewards/{rule}/std"] = rewards.mean(), rewards.std(correction=0)
     heads = heads_of(experience.channels)
     values = experience.values[..., -len(heads) :]
     for index, head in enumerate(heads):
@@ -60,11 +64,28 @@ def step_metrics(step: Step) -> dict[str, float]:
             figures[f"value/explained_variance.{head}"] = explained
     for index, channel in enumerate(experience.channels):
         figures[f"weight/{channel}"] = experience.weights[:, index].mean()
+    figures |= {f"uncertainty/{name}": mean for name, mean in _means(doubt).items()}
     return {name: float(value) for name, value in figures.items()}
 
 
+def _means(doubt: Uncertainty) -> dict[str, Tensor]:
+    """Over responses, of what is known; a response that has nothing to be compared with does not count."""
+    known = {
+        "disagreement": doubt.disagreement,
+        "beyond_support": doubt.beyond_support,
+        "longer_than_training": doubt.longer_than_training,
+    }
+    return {name: values.float().nanmean() for name, values in known.items() if values is not None}
+
+
 def step_record(
-    step: Step, *, gamma: float, lam: float, prompts: list[str] | None, responses: list[str] | None
+    step: Step,
+    doubt: Uncertainty,
+    *,
+    gamma: float,
+    lam: float,
+    prompts: list[str] | None,
+    responses: list[str] | None,
 ) -> StepRecord:
     """The trace rows of a step, as arrays for the writer's thread."""
     experience, stats = step.experience, step.stats
@@ -96,9 +117,16 @@ def step_record(
         shift=float(experience.shift),
         scale=float(experience.scale),
         advantage=_array(experience.advantage()),
+        members=_optional(doubt.members),
+        disagreement=_optional(doubt.disagreement),
+        support_distance=_optional(doubt.distance),
         prompts=prompts,
         responses=responses,
     )
+
+
+def _optional(tensor: Tensor | None) -> NDArray[np.generic] | None:
+    return None if tensor is None else _array(tensor)
 
 
 @torch.no_grad()
