@@ -49,7 +49,7 @@ def carried_out(job: Job) -> dict[str, Any]:
     settings = (f"seed={job.seed}", *WORLD, *SCHEMES[job.scheme])
     carry_out("reward", DESK, job.folder, settings, start=job.out / f"sft-{job.seed}")
     carry_out("policy", DESK, job.folder, settings)
-    found = [line for line in lines(job.folder / "metrics.jsonl") if line["stage"] == "pairs"][-1]
+    found = [line for line in lines(job.folder / "metrics.jsonl") if "pairs/two_answers" in line][-1]
     diversity = {name.removeprefix("pairs/"): found[name] for name in found if name.startswith("pairs/")}
     measured = {"diversity": diversity, "reward": reward_figures(job.folder), "policy": figures(job.folder)}
     return {"scheme": job.scheme, "seed": job.seed, "pairs": len(lines(job.folder / "pairs.jsonl")), **measured}

@@ -102,6 +102,13 @@ def test_groups_of_one_say_nothing() -> None:
     np.testing.assert_allclose(within_groups(x, y, np.arange(100), knots, fraction=0.5), 0, atol=1e-9)
 
 
+def test_groups_that_do_not_vary_in_x_say_nothing_however_their_scores_vary() -> None:
+    rng = np.random.default_rng(0)
+    x, group = np.repeat(rng.uniform(10, 60, 80), 3), np.repeat(np.arange(80), 3)
+    knots = np.quantile(x, np.linspace(0, 1, 9))
+    np.testing.assert_allclose(within_groups(x, rng.normal(size=240), group, knots, fraction=0.5), 0, atol=1e-6)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_hardly_any_responses(count: int) -> None:
     x, y = np.array([5.0, 9.0])[:count], np.array([1.0, 3.0])[:count]

@@ -125,7 +125,7 @@ def test_all_pairs_on_one_side(folder: Path, capsys: pytest.CaptureFixture[str])
     write(folder / "preferences.jsonl", rows)
     assert cli.main(["run", "files.toml", "--out", "run"]) == 2
     (line,) = told(capsys)
-    assert line.startswith(f"error: reward.holdout: 0 of {len(rows)} pairs are on held-out prompts")
+    assert line.startswith(f"error: reward.holdout: 0 of {len(rows)} judgments are on held-out prompts")
     assert manifest(Path("run"))["stages"] == {"sft": "done"}
 
 

@@ -47,7 +47,7 @@ def test_lines_come_in_order_and_once(whole: Path) -> None:
     found = [(line["stage"], line["step"]) for line in lines(whole / "metrics.jsonl")]
     policy = [("evaluation", 0), ("policy", 0), ("policy", 1), ("evaluation", 2), ("policy", 2), ("policy", 3)]
     policy += [("evaluation", 4), ("policy", 4), ("evaluation", 5)]
-    reward = [("reward", 0), ("reward", 3), ("reward", 4)]
+    reward = [("reward", 0), ("reward", 0), ("reward", 3), ("reward", 4)]  # the pairs before the training
     assert found == [("sft", 0), ("sft", 10), ("sft", 11), *reward, *policy]
     assert [line["step"] for line in lines(whole / "truth" / "evaluation.jsonl")] == EVALUATED
     assert [line["step"] for line in lines(whole / "timings.jsonl")] == list(range(STEPS))

@@ -197,6 +197,16 @@ def test_balancing_keeps_an_items_weight_on_average() -> None:
     assert found[longer].sum().item() == pytest.approx(found[shorter].sum().item(), rel=1e-4)
 
 
+def test_what_cannot_be_balanced_is_made_up_for_by_the_rest() -> None:
+    """Among pairs of one length ratio either side wins; of those of the other only the longer does."""
+    lengths = torch.tensor([[11, 10], [10, 11]] * 30 + [[80, 10]] * 60)
+    wins = torch.zeros(120, 2, 2)
+    wins[:, 0, 1] = 1
+    found = balanced(wins, lengths)
+    assert found[:60, 0, 1].tolist() == pytest.approx([2.0] * 60)
+    assert found[60:].sum().item() == 0
+
+
 def test_an_expert_reads_length_alone_and_each_member_has_its_own() -> None:
     expert = LengthExpert(torch.tensor([[4, 9], [2, 0], [30, 7]]), members=2)
     lengths = torch.tensor([[5, 5, 50]])
@@ -206,6 +216,8 @@ def test_an_expert_reads_length_alone_and_each_member_has_its_own() -> None:
     first, second = expert(lengths)
     assert first.tolist() == [[0, 0, 0]]
     assert second[0, 0] == second[0, 1] < second[0, 2]
+    doubled = expert(torch.tensor([[5, 10, 20, 40]]))[1, 0].diff()
+    assert doubled.tolist() == pytest.approx([doubled[0].item()] * 3, rel=1e-4)  # straight in the logarithm
 
 
 def test_an_expert_of_equal_lengths_adds_nothing_to_a_pair() -> None:

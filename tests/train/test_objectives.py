@@ -12,7 +12,7 @@ from judged import answers, judged, pairs
 from torch import Tensor, nn
 
 from kedge.structs import Judgments
-from kedge.train.objectives import Kind, Lesson, Ordinal, RewardSettings, kept_items, objective_of
+from kedge.train.objectives import Kind, Lesson, Ordinal, Pairwise, RewardSettings, kept_items, objective_of
 
 
 def settings(**changed: Any) -> RewardSettings:
@@ -106,6 +106,21 @@ def test_rankings_by_their_likelihood() -> None:
 def test_a_tournament_of_two_is_the_pair() -> None:
     found = loss_of(RANKING_SCORES[1:], RANKINGS.rows(torch.tensor([1])), "ranking", rankings="tournament")
     assert found == pytest.approx(plain(-0.2), abs=1e-6)
+
+
+def test_a_tournament_of_four_is_three_pairs_of_equal_weight() -> None:
+    items = judged([[0, 1, 2, 3]], [[0.0, -1.0, -2.0, -3.0]], answers([2] * 4))
+    one = torch.zeros(1, 1, 4)
+    seen = set()
+    for seed in range(20):
+        objective = objective_of(items, "ranking", settings(rankings="tournament", seed=seed), 1)
+        assert isinstance(objective, Pairwise)
+        played = objective.wins[0].nonzero()
+        assert objective.wins[0][tuple(played.T)].tolist() == pytest.approx([1 / 3] * 3)
+        assert (played[:, 0] < played[:, 1]).all()  # the better wins
+        assert objective.losses(one, torch.tensor([0])).item() == pytest.approx(math.log(2))
+        seen.add(tuple(map(tuple, played.tolist())))
+    assert len(seen) > 1
 
 
 def test_ratings_by_hand() -> None:

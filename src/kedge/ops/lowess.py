@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
 
-
-def lowess(x: Floats, y: Floats, at: Floats, *, fraction: float) -> Floats:
+def lowess(
+    x: NDArray[np.float64], y: NDArray[np.float64], at: NDArray[np.float64], *, fraction: float
+) -> NDArray[np.float64]:
     """[G] at each point of `at` the straight line through the nearest `fraction` of the points, tricube weights.
 
     One pass, without Cleveland's reweighting of outliers. The cost is G windows, not one for each point of `x`.
@@ -17,7 +17,14 @@ def lowess(x: Floats, y: Floats, at: Floats, *, fraction: float) -> Floats:
     return np.array([weights @ y[order[window]] for window, weights in _smoother(x[order], at, fraction)])
 
 
-def within_groups(x: Floats, y: Floats, groups: NDArray[np.int64], knots: Floats, *, fraction: float) -> Floats:
+def within_groups(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    knots: NDArray[np.float64],
+    *,
+    fraction: float,
+) -> NDArray[np.float64]:
     """[G] values at `knots` of f in y = level of the group + f(x), f the lowess of y less the levels; f's mean is 0.
 
     Between knots f is straight. Backfitting (Buja, Hastie and Tibshirani, 1989) takes turns between levels and f; what
@@ -38,13 +45,15 @@ def within_groups(x: Floats, y: Floats, groups: NDArray[np.int64], knots: Floats
     return np.asarray(values[:-1], dtype=np.float64)
 
 
-def _smoother(x: Floats, at: Floats, fraction: float) -> list[tuple[slice, Floats]]:
+def _smoother(
+    x: NDArray[np.float64], at: NDArray[np.float64], fraction: float
+) -> list[tuple[slice, NDArray[np.float64]]]:
     """For each point of `at` the window of `x` (sorted) that it sees, and the weight of each y there in the fit."""
     count = min(len(x), max(2, int(fraction * len(x) + 1e-10)))
     return [_line(x, point, count) for point in at]
 
 
-def _line(x: Floats, point: float, count: int) -> tuple[slice, Floats]:
+def _line(x: NDArray[np.float64], point: float, count: int) -> tuple[slice, NDArray[np.float64]]:
     """The `count` points nearest to `point`, and the weights of a local straight line's value there."""
     starts = np.searchsorted(x[: len(x) - count] + x[count:], 2 * point) if len(x) > count else 0
     window = slice(int(starts), int(starts) + count)
@@ -60,12 +69,12 @@ def _line(x: Floats, point: float, count: int) -> tuple[slice, Floats]:
     return window, weight
 
 
-def _hats(x: Floats, knots: Floats) -> Floats:
+def _hats(x: NDArray[np.float64], knots: NDArray[np.float64]) -> NDArray[np.float64]:
     """[M, G] the share of each knot's value in a piecewise straight line at `x`."""
     return np.column_stack([np.interp(x, knots, unit) for unit in np.eye(len(knots))])
 
 
-def _centred(columns: Floats, group: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
+def _centred(columns: NDArray[np.float64], group: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
     """`columns` [M, C] less the mean of the row's group."""
     means = np.column_stack([np.bincount(group, column) / sizes for column in columns.T])
     return np.asarray(columns - means[group], dtype=np.float64)

@@ -162,7 +162,7 @@ def _labelled_pairs(context: Context, policy: Any) -> list[Preference]:
         interim = _interim(context, policy, rows)
         rows += _labelled(labeller, _pairs(context, second, partial(scores, interim), "best pairs"))
     figures = diversity([(row.prompt, row.chosen, row.rejected) for row in rows], len(context.task.pair_prompts))
-    context.metric("pairs", 0, {f"pairs/{name}": value for name, value in figures.items()})
+    context.metric("reward", 0, {f"pairs/{name}": value for name, value in figures.items()})
     lines = [json.dumps({"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected}) for r in rows]
     write_atomically(context.run.path / "pairs.jsonl", "".join(line + "\n" for line in lines).encode())
     return rows

@@ -57,7 +57,10 @@ METRICS: tuple[Metric, ...] = (
     ),
     *_metrics(
         "reward",
-        ("loss", "nats per pair", "mean over pairs of the batch", "-log sigmoid(r_chosen - r_rejected)"),
+        ("loss", "nats per item", "mean over items of the batch", "as the recipe says; -log sigmoid(r_chosen - r_rejected)"),
+        ("pairs/two_answers", "share", "mean over prompts", "two different answers were found"),
+        ("pairs/log_length_ratio", "1", "mean over pairs", "|log(characters of one / of the other)|"),
+        ("pairs/word_distance", "share", "mean over pairs", "1 - words of both / words of either"),
         ("heldout/accuracy", "share", "mean over held-out pairs", "r_chosen > r_rejected, ties half"),
         ("heldout/calibration_error", "share", "mean over bins, weighted by pairs", "|predicted - observed rate|"),
         ("heldout/length_correlation", "1", "one value", "correlation of score and response length"),
