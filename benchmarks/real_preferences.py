@@ -219,7 +219,8 @@ def _opening(found: dict[str, Any]) -> str:
 Made by `{COMMAND}`; raw figures in `real-preferences.json`. Every answer is scored by a judge that never saw its
 prompt, nor another of its group: debates of UKPConvArg1 and conversation trees of OpenAssistant stay whole. Ties and
 identical answers are left out; equal scores count half. Intervals are 95% and resample groups, with all their
-comparisons and all seeds. The transformer's size and training were chosen for what they cost, not by these figures.
+comparisons and all seeds; with as few groups as UKPConvArg1 has they are somewhat too narrow. The transformer's size
+and training were chosen for what they cost, not by these figures.
 
 Four judges. *Length* prefers the longer answer. *Linear* is a Bradley-Terry model on words, pairs of words and the form
 of the answer, with or without logarithms of its length (`evaluate/reward/linear.py`). *Transformer* is a reward model
@@ -282,18 +283,29 @@ def _verdict(judges: dict[str, Any]) -> str:
         lead = judges[key]["parts"]["all"]["lead"]
         outcome = "beats length" if lead["low"] > 0 else "loses to length" if lead["high"] < 0 else None
         groups[outcome or "is not told apart from length"].append(NAMES[key].removesuffix(", mean of seeds"))
-    said = [f"{' and '.join(f'*{name}*' for name in names)} {what}" for what, names in groups.items() if names]
+    forms = {"beats length": "beat length", "loses to length": "lose to length"}
+    forms["is not told apart from length"] = "are not told apart from length"
+    said = [
+        f"{_listed([f'*{name}*' for name in names])} {what if len(names) == 1 else forms[what]}"
+        for what, names in groups.items()
+        if names
+    ]
     knows = [
         f"*{NAMES[key].removesuffix(', mean of seeds')}*"
         for key in list(NAMES)[1:]
         if judges[key]["parts"]["length_balanced"]["accuracy"]["low"] > 0.5
     ]
-    balanced = f"above one half for {' and '.join(knows)}" if knows else "not shown to be above one half for any judge"
+    balanced = f"above one half for {_listed(knows)}" if knows else "not shown to be above one half for any judge"
     return f"By the intervals, {'; '.join(said)}. Length-balanced, accuracy is {balanced}."
 
 
+def _listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 2 else names)
+
+
 def _reading(found: dict[str, Any]) -> str:
-    wins = {key: [] for key in list(NAMES)[1:]}
+    wins: dict[str, list[str]] = {key: [] for key in list(NAMES)[1:]}
     for name in SETS:
         for key, won in wins.items():
             if found["sets"][name]["judges"][key]["parts"]["all"]["lead"]["low"] > 0:
@@ -302,12 +314,18 @@ def _reading(found: dict[str, Any]) -> str:
         f"*{NAMES[key].removesuffix(', mean of seeds')}* on {', '.join(won) if won else 'none'}"
         for key, won in wins.items()
     )
+    judges = [found["sets"][name]["judges"]["linear"] for name in SETS]
+    own, people = ([judge[key] for judge in judges] for key in ("prefers_longer", "people_prefer_longer"))
+    taste = ""
+    if all(mine > theirs for mine, theirs in zip(own, people, strict=True)):
+        taste = f"""With length among its features, the linear judge prefers the longer answer in {min(own):.2f} to
+{max(own):.2f} of comparisons, more than people on every set ({min(people):.2f} to {max(people):.2f}): it makes a rule
+of what is a tendency. """
     return f"""## What this says
 
-Shown to beat the length-only judge: {listed}. On sets of this size and without pretraining, most of what a reward model
-learns first is that longer answers win. An accuracy near that of the length-only judge is no evidence of quality: a
-policy trained on such a model would be paid for writing more. The columns that hold length still, and not the first
-one, say whether there is anything else."""
+Shown to beat the length-only judge: {listed}. {taste}An accuracy near that of the length-only judge is no evidence of
+quality: a policy trained on such a judge would be paid for writing more. The columns that hold length still, and not
+the first one, say whether there is anything else."""
 
 
 def _cost(found: dict[str, Any]) -> str:

@@ -41,7 +41,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "two heads": ("reward.length=two_head",),
     "product of experts": ("reward.length=product",),
     "length-balanced pairs": ("reward.length=resample",),
-    "padded residual": ("reward.length=padded_residual",),
     "padded residual, 1.5": ("reward.length=padded_residual", "reward.length_share=1.5"),
     "padded pairs": ("reward.length=padded_pairs",),
     "3 models, mean": ("reward.members=3",),
@@ -60,10 +59,7 @@ ELSEWHERE = (
     "unbiased annotators",
     "plain",
     "flip-aware",
-    "length residual",
     "two heads",
-    "product of experts",
-    "length-balanced pairs",
     "padded residual, 1.5",
     "padded pairs",
     "3 models, worst",
@@ -218,13 +214,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     seeds = sorted({seed for *_, seeds in WORLDS.values() for seed in seeds})
     side_by_side(partial(_supervised, out), seeds, arguments.workers)
-    jobs = [
-        Job(world, seed, method, out)
-        for method in METHODS
-        for world in WORLDS
-        for seed in WORLDS[world][3]
-        if world == "length" or method in ELSEWHERE
-    ]
+    jobs = [Job("length", seed, method, out) for method in METHODS for seed in WORLDS["length"][3]]
+    others = [world for world in WORLDS if world != "length"]
+    jobs += [Job(world, seed, method, out) for method in ELSEWHERE for world in others for seed in WORLDS[world][3]]
     results = side_by_side(carried_out, jobs, arguments.workers)
     command = "python benchmarks/reward_methods.py"
     RESULTS.joinpath("reward-methods.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -37,6 +37,8 @@ TESTS = {
     "ops/preferences.py": ("ops/test_worked_examples.py", "ops/test_ops_preferences.py"),
     "ops/length.py": ("ops/test_ops_length.py",),
     "ops/lowess.py": ("ops/test_lowess.py",),
+    "ops/ensembles.py": ("ops/test_ops_ensembles.py",),
+    "ops/distance.py": ("ops/test_ops_distance.py",),
     "structs.py": ("oracles/test_multi_turn.py", "oracles/test_o05_parts_sum.py"),
     "rollout/engine.py": ("oracles/test_generate.py",),
     "rollout/score.py": ("oracles/test_generate.py", "oracles/test_multi_turn.py"),

@@ -21,11 +21,11 @@ from kedge.pipeline.candidates import Pair, Score, candidates, diversity
 from kedge.pipeline.context import Context
 from kedge.pipeline.sft import snapshots
 from kedge.recipe import Recipe
-from kedge.rollout.reward import aggregate_scores, fit_support, normalised_on, scores
+from kedge.rollout.reward import aggregate_scores, fit_support, member_scores, normalised_on, scores
 from kedge.structs import Judgments, Rollouts
 from kedge.trace.jsonl import write_atomically
 from kedge.train.length import fit_length_residual
-from kedge.train.reward_model import Kind, RewardSettings, examine, steps, train_reward_model
+from kedge.train.reward_model import Kind, RewardSettings, Unteachable, examine, steps, train_reward_model
 from kedge.train.schedule import seed_of, seeded, seeded_numpy
 
 NORMALISING_SAMPLES = 1024
@@ -87,7 +87,7 @@ def _trained(context: Context, policy: Any, training: Judgments, kind: Kind, nam
 
             try:
                 train_reward_model(model, training, kind, settings, on_step=follow)
-            except ValueError as error:
+            except Unteachable as error:
                 remedy = "choose other [reward] settings or other judgments"
                 raise InputError(Problem("reward", str(error), remedy)) from error
             members.append(finished(model, heads=(0,) if reward.length == "two_head" else None))
@@ -142,7 +142,13 @@ def _padded(context: Context, answers: Rollouts) -> Rollouts:
 
 
 def _report(context: Context, model: RewardModel, training: Judgments, testing: Judgments) -> None:
-    report = examine(scores(model, testing.responses), testing)
+    members = member_scores(model, testing.responses)
+    # A difference of scores is a log-odds only in the unit in which it was learnt.
+    learnt = (members * members.new_tensor(model.scales) + members.new_tensor(model.means)).mean(dim=1)
+    report = replace(
+        examine(model.final(members, testing.responses.lengths), testing),
+        calibration_error=examine(learnt, testing).calibration_error,
+    )
     last = steps(training, _settings(context.recipe, 0))
     context.metric("reward", last, {f"heldout/{k}": v for k, v in asdict(report).items()})
     context.progress.note(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kedge.data.audit.domain import DomainMix
-from kedge.data.audit.whole import Audit
 from kedge.report.html import write_page
 from kedge.report.plots import Bar, Line, bar_chart, line_chart
+
+if TYPE_CHECKING:
+    from kedge.data.audit.domain import DomainMix
+    from kedge.data.audit.whole import Audit
 
 _BARS = 14
 _LABEL = 18  # characters that fit beside a bar

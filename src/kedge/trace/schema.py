@@ -57,7 +57,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     *_metrics(
         "reward",
-        ("loss", "nats per item", "mean over items of the batch", "as the recipe says; -log sigmoid(r_chosen - r_rejected)"),
+        (
+            "loss",
+            "nats per item",
+            "mean over items of the batch",
+            "as the recipe says; -log sigmoid(r_chosen - r_rejected)",
+        ),
         ("pairs/two_answers", "share", "mean over prompts", "two different answers were found"),
         ("pairs/log_length_ratio", "1", "mean over pairs", "|log(characters of one / of the other)|"),
         ("pairs/word_distance", "share", "mean over pairs", "1 - words of both / words of either"),

@@ -17,6 +17,10 @@ WINS_PER_BIN = 50
 MOST_BINS = 10
 
 
+class Unteachable(ValueError):
+    """Judgments that cannot teach what the settings ask for."""
+
+
 class LengthExpert(nn.Module):
     """A judge of length alone, per member: straight lines in the logarithm of length with bends at its quartiles.
 
@@ -64,12 +68,12 @@ def _log(lengths: Tensor) -> Tensor:
 def balanced(wins: Tensor, lengths: Tensor) -> Tensor:
     """`wins` [N, K, K] with longer and shorter winners weighing alike, and 1 an item on average.
 
-    Raises `ValueError` where only the longer responses win, or only the shorter.
+    Raises `Unteachable` where only the longer responses win, or only the shorter.
     """
     decided = int((wins > 0).sum())
     weighed = length_balance(wins, lengths, bins=max(1, min(MOST_BINS, decided // WINS_PER_BIN)))
     if not weighed.sum() > 0:
-        raise ValueError("the longer response always wins, or the shorter does: there is nothing to balance with")
+        raise Unteachable("the longer response always wins, or the shorter does: there is nothing to balance with")
     return weighed * (wins.sum() / weighed.sum())
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from kedge.ops import preferences
 from kedge.structs import Judgments
-from kedge.train.length import LengthExpert, balanced, two_head_penalty
+from kedge.train.length import LengthExpert, Unteachable, balanced, two_head_penalty
 from kedge.train.schedule import seeded
 
 Kind = Literal["pair", "ranking", "rating", "verdict"]
@@ -77,7 +77,7 @@ class Margin(Objective):
     def __init__(self, wins: Tensor, margin: Tensor) -> None:
         super().__init__()
         if not margin.max() > 0:
-            raise ValueError("no pair says by how much its better side is better: there is no margin to require")
+            raise Unteachable("no pair says by how much its better side is better: there is no margin to require")
         self.register_buffer("wins", wins)
         self.register_buffer("required", margin / margin.max())
 
@@ -131,7 +131,7 @@ class Regression(Objective):
         super().__init__()
         self.mean, self.deviation = float(grades.mean()), float(grades.std(correction=0))
         if not self.deviation > 0:
-            raise ValueError(f"all ratings are {self.mean:g}: there is nothing to tell apart")
+            raise Unteachable(f"all ratings are {self.mean:g}: there is nothing to tell apart")
         self.register_buffer("ratings", ((grades - self.mean) / self.deviation).flatten())
 
     def losses(self, scores: Tensor, items: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Ordinal(Objective):
         self.values, levels = grades.flatten().unique(return_inverse=True)
         if not 1 < len(self.values) <= MOST_LEVELS:
             what = f"{len(self.values)} different ratings; ordinal takes 2 to {MOST_LEVELS} grades"
-            raise ValueError(f"{what}, for others there is regression")
+            raise Unteachable(f"{what}, for others there is regression")
         self.register_buffer("levels", levels)
         self.steps = nn.Parameter(torch.zeros(members, len(self.values) - 1))
 
@@ -175,7 +175,7 @@ class Verdicts(Objective):
         super().__init__()
         self.base_rate = float(grades.mean())
         if not 0 < self.base_rate < 1:
-            raise ValueError(f"every verdict is {'good' if self.base_rate else 'bad'}: there is nothing to tell apart")
+            raise Unteachable(f"every verdict is {'good' if self.base_rate else 'bad'}: there is nothing to tell apart")
         self.register_buffer("good", grades.flatten())
 
     def losses(self, scores: Tensor, items: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def objective_of(judgments: Judgments, kind: Kind, settings: RewardSettings, mem
     """
     grades, mask = judgments.grades, judgments.mask
     if settings.length == "resample" and (kind in ("rating", "verdict") or _as_a_whole(kind, settings)):
-        raise ValueError("length is balanced between the sides of pairs: take pairs, or rankings as pairs")
+        raise Unteachable("length is balanced between the sides of pairs: take pairs, or rankings as pairs")
     if kind == "verdict":
         return Verdicts(grades)
     if kind == "rating":
@@ -224,7 +224,7 @@ def _pair_loss(settings: RewardSettings) -> Callable[[Tensor], Tensor]:
     if settings.loss == "bradley_terry":
         return preferences.bradley_terry
     if not 0 <= settings.flip_rate < 0.5:
-        raise ValueError(f"a flip rate of {settings.flip_rate:g}; it is at least 0 and below 0.5")
+        raise Unteachable(f"a flip rate of {settings.flip_rate:g}; it is at least 0 and below 0.5")
     of_noise = {
         "smoothed": preferences.smoothed,
         "robust": preferences.robust,
@@ -270,10 +270,10 @@ class Lesson(nn.Module):
     def __init__(self, judgments: Judgments, kind: Kind, settings: RewardSettings, heads: int) -> None:
         super().__init__()
         if not len(judgments):
-            raise ValueError("no judgments to learn from")
+            raise Unteachable("no judgments to learn from")
         self.two_head = settings.length == "two_head"
         if self.two_head and heads != 2:
-            raise ValueError(f"two_head takes a model with two heads, quality and length; this one has {heads}")
+            raise Unteachable(f"two_head takes a model with two heads, quality and length; this one has {heads}")
         members = 1 if self.two_head else heads
         self.centring = settings.centring
         self.objective = objective_of(judgments, kind, settings, members)

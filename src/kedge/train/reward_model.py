@@ -14,6 +14,7 @@ from kedge.ops.preferences import preference_probability
 from kedge.rollout.score import by_length, head_scores
 from kedge.structs import Judgments, Rollouts
 from kedge.train.descent import Descent, cosine
+from kedge.train.length import Unteachable as Unteachable
 from kedge.train.objectives import Kind as Kind
 from kedge.train.objectives import Lesson
 from kedge.train.objectives import RewardSettings as RewardSettings
@@ -40,7 +41,7 @@ def train_reward_model(
     Every head of `model` is a member with a loss of its own, their mean is trained on; under `two_head` the heads are
     quality and length. All responses of an item are scored in one batch, once. Parameters that require no gradient stay
     as they are. `on_step(step, loss)` is called after every optimiser step.
-    Raises `ValueError` where the judgments cannot teach what the settings ask for, `DivergenceError` on NaN.
+    Raises `Unteachable` where the judgments cannot teach what the settings ask for, `DivergenceError` on NaN.
     """
     lesson = Lesson(judgments, kind, settings, model.score.out_features)
     model.eval()  # dropout stays off, as in every stage
