@@ -39,11 +39,11 @@ def killed_and_resumed(folder: Path, recipe: Path, stop: Stop, *settings: str) -
         ("/metrics.jsonl", 2),  # in supervised fine-tuning
         pytest.param("models/.sft.partial", 3, marks=pytest.mark.slow),  # while its model is written
         pytest.param("pairs.jsonl", 1, marks=pytest.mark.slow),
-        ("/metrics.jsonl", 5),  # in the reward model
-        ("/metrics.jsonl", 8),  # in the first policy step, after the evaluation before it, without a checkpoint
+        ("/metrics.jsonl", 6),  # in the reward model
+        ("/metrics.jsonl", 9),  # in the first policy step, after the evaluation before it, without a checkpoint
         pytest.param("truth/", 3, marks=pytest.mark.slow),  # between the two halves of an evaluation
         ("checkpoints/.step-000002", 2),  # in the first checkpoint
-        ("/metrics.jsonl", 14),  # in the last step
+        ("/metrics.jsonl", 15),  # in the last step
         pytest.param("models/.policy.partial", 2, marks=pytest.mark.slow),
         pytest.param("report.html", 1, marks=pytest.mark.slow),
     ],
@@ -130,9 +130,9 @@ class _Counting:
     ("count", "where"),
     [
         (1, "sft step 1"),
-        pytest.param(4, "reward step 1", marks=pytest.mark.slow),
-        pytest.param(9, "policy step 2", marks=pytest.mark.slow),
-        (11, "policy step 3"),
+        pytest.param(5, "reward step 1", marks=pytest.mark.slow),
+        pytest.param(10, "policy step 2", marks=pytest.mark.slow),
+        (12, "policy step 3"),
     ],
 )
 def test_interrupted_and_resumed(count: int, where: str, whole: Path, recipe: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_stage_needs_the_one_before_it(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named(recipe: Path, tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
-    assert kedge(tmp_path, "run", recipe, "--out", run, stop=Stop(run, "/metrics.jsonl", 14)).wait() == KILLED
+    assert kedge(tmp_path, "run", recipe, "--out", run, stop=Stop(run, "/metrics.jsonl", 15)).wait() == KILLED
     folder = run / "checkpoints" / "step-000004"
     (folder / "state.safetensors").write_bytes(b"torn")
     refused = kedge(tmp_path, "run", recipe, "--out", run, "--resume")

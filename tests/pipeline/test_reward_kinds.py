@@ -1,0 +1,73 @@
+"""Reward models from every kind of judgment and by every choice of the recipe, from a file to a folder that scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from user_files import PREFERENCES, bring, write
+
+from kedge import cli
+from kedge.models.reward import load_reward_model
+from kedge.trace.jsonl import read_json_lines
+
+RANKINGS = [
+    {"prompt": row["prompt"], "responses": [row["rejected"], row["chosen"], "no"], "ranks": [1, 0, 2]}
+    for row in PREFERENCES
+]
+RATINGS = [
+    {"prompt": row["prompt"], "response": row[side], "rating": rating}
+    for row in PREFERENCES
+    for side, rating in (("chosen", 4), ("rejected", 2))
+]
+VERDICTS = [
+    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+    for row in PREFERENCES
+    for side in ("chosen", "rejected")
+]
+TIES = [{**row, "strength": 0.5 if number % 5 == 0 else 1.0, "margin": 1.0} for number, row in enumerate(PREFERENCES)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        *[(PREFERENCES, [f"reward.loss={loss}"]) for loss in ("smoothed", "robust", "flip_aware")],
+        *[(TIES, [f"reward.loss={loss}"]) for loss in ("davidson", "margin")],
+        *[(RANKINGS, [f"reward.rankings={way}"]) for way in ("plackett_luce", "all_pairs", "tournament")],
+        *[(RATINGS, [f"reward.ratings={way}"]) for way in ("regression", "ordinal")],
+        (VERDICTS, []),
+        *[
+            (PREFERENCES, [f"reward.length={way}"])
+            for way in ("residual", "two_head", "product", "padded_residual", "padded_pairs")
+        ],
+        (PREFERENCES, ["reward.members=2", "reward.aggregate=worst"]),
+        (RANKINGS, ["reward.members=2", "reward.trunk=shared", "reward.aggregate=mean_minus_variance"]),
+        (VERDICTS, ["reward.members=2", "reward.trunk=lora", "reward.lora_rank=2"]),
+        (RATINGS, ["reward.length=padded_residual", "reward.length_share=1.5", "reward.members=2"]),
+    ],
+    ids=lambda value: ", ".join(value) if value and isinstance(value[0], str) else None,
+)
+def test_a_reward_model_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], settings: list[str]
+) -> None:
+    monkeypatch.chdir(bring(tmp_path).parent)
+    write(tmp_path / "preferences.jsonl", rows)
+    command = ["files.toml", "--out", "run", "--json"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert cli.main(["sft", *command]) == 0
+    assert cli.main(["reward", *command, "--resume"]) == 0
+    model = load_reward_model(tmp_path / "run/models/reward")
+    assert model.members == (2 if "reward.members=2" in settings else 1)
+    figures = [line for line in read_json_lines(tmp_path / "run/metrics.jsonl") if "heldout/accuracy" in line][-1]
+    assert 0 <= figures["heldout/accuracy"] <= 1
+
+
+def test_padding_is_compared_in_pairs_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bring(tmp_path).parent)
+    write(tmp_path / "preferences.jsonl", VERDICTS)
+    assert cli.main(["run", "files.toml", "--out", "run", "--set", "reward.length=padded_pairs"]) == 2
+    assert 'set it to "padded_residual"' in capsys.readouterr().err
