@@ -85,7 +85,7 @@ def test_a_model_folder(family: str, folder: Path) -> None:
     before = (folder / "model" / "model.safetensors").read_bytes()
     run = carried_out(folder, "model.init=model")
     assert (folder / "model" / "model.safetensors").read_bytes() == before
-    # EOS pads here; a reward model that others load needs a padding token of its own, or they would score the wrong one.
+    # EOS pads here; a reward model needs padding of its own, or plain transformers would score another token.
     for stage, vocab in {"sft": 257, "reward": 258, "policy": 257}.items():
         config = json.loads((run / "models" / stage / "config.json").read_text())
         assert config["model_type"] == family

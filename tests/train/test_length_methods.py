@@ -253,3 +253,10 @@ def test_single_responses_can_be_learnt_without_length(kind: Any, grades: list[f
     model = Scorer(2 if length == "two_head" else 1)
     train_reward_model(model, items, kind, how, on_step=lambda step, loss: losses.append(loss))
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_a_share_of_the_correction_and_more_than_all_of_it() -> None:
+    correction = LengthCorrection((10.0, 20.0), (-1.0, 3.0))
+    lengths = torch.tensor([5, 10, 15, 20, 99])
+    for share in (0.0, 0.5, 1.5):
+        torch.testing.assert_close(correction.times(share)(lengths), share * correction(lengths))

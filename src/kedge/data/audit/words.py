@@ -20,8 +20,9 @@ from kedge.data.audit.shift import Shift
 from kedge.data.audit.tables import Tables
 
 LENGTH_REMEDY = (
-    'Train with reward.length = "two_head", "residual", "product" or "resample", look at length-balanced accuracy with '
-    "`kedge reward evaluate`, and give the policy a KL control or a length penalty."
+    'Train with reward.length = "padded_pairs" or "padded_residual", which price length by itself, or with "two_head", '
+    '"residual", "product" or "resample", which read it off these labels; look at length-balanced accuracy and the '
+    "padding probe of `kedge reward evaluate`; give the policy a KL control or a length penalty."
 )
 RARE = 0.01  # p, after correction for how many were looked at
 
