@@ -23,7 +23,6 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "temperature 0.5": ("pairs.temperature=0.5",),
     "temperature 1": (),
     "temperature 1.5": ("pairs.temperature=1.5",),
-    "top-p 0.9": ("pairs.top_p=0.9",),
     "best 2 of 4 beams": ("pairs.method=beam", "pairs.candidates=4"),
     "3 checkpoints": ("pairs.checkpoints=3",),
     "best of 4 against another": ("pairs.method=best_of", "pairs.candidates=4"),

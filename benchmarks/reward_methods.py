@@ -1,7 +1,7 @@
 """What does each way of learning a reward do to the policy, when the annotators are biased?
 
 In the built-in desk, where gold is known: every method learns from the labels of the same annotators on the same
-answers, then PPO runs against its score alone (the demo's settings) and under KL control (twice the demo's beta).
+answers, then PPO runs against its score alone (the demo's settings) and under KL control (beta 0.5).
 Writes docs/results/reward-methods.json and .md. From the repository root:
 
     python benchmarks/reward_methods.py --out runs/reward-methods --workers 2
@@ -42,6 +42,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "product of experts": ("reward.length=product",),
     "length-balanced pairs": ("reward.length=resample",),
     "padded residual, 1.5": ("reward.length=padded_residual", "reward.length_share=1.5"),
+    "padded residual, 1.5, 3 models": (
+        "reward.members=3",
+        "reward.length=padded_residual",
+        "reward.length_share=1.5",
+    ),
     "padded pairs": ("reward.length=padded_pairs",),
     "3 models, mean": ("reward.members=3",),
     "3 models, worst": ("reward.members=3", "reward.aggregate=worst"),
@@ -55,17 +60,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     REFRESHED: (),
 }
 # One seed in the other worlds, and there the methods that differ most.
-ELSEWHERE = (
-    "unbiased annotators",
-    "plain",
-    "flip-aware",
-    "two heads",
-    "padded residual, 1.5",
-    "padded pairs",
-    "3 models, worst",
-)
-CONTROL = ("policy.kl.beta=0.3",)
+ELSEWHERE = ("unbiased annotators", "plain", "padded residual, 1.5", "padded pairs", "3 models, worst")
+CONTROL = ("policy.kl.beta=0.5",)
 NEAR = 0.25  # a length within this share of the reference's has not drifted
+CLOSE = 0.3  # gold
 ENOUGH = 0.8  # of the gain in gold that unbiased annotators bring
 
 
@@ -155,7 +153,7 @@ def render(results: list[dict[str, Any]], command: str) -> str:
     page += [
         "Gold is the mean utility over 512 evaluation prompts after PPO, length is over the reference's, KL is k1 in",
         "nats per sequence. Accuracy and length correlation are the reward model's on held-out pairs, labelled by the",
-        "same annotators. *Alone*: beta 0.15, as in the demo; *control*: 0.3. In brackets lowest and highest seed.",
+        "same annotators. *Alone*: beta 0.15, as in the demo; *control*: 0.5. In brackets lowest and highest seed.",
         "",
     ]
     for world, (title, *_) in WORLDS.items():
@@ -193,7 +191,38 @@ def render(results: list[dict[str, Any]], command: str) -> str:
         flags = [verdict[name] for name in ("no_longer_alone", "length_held_alone", "length_held_under_control")]
         counts = [f"{sum(flag)} of {len(flag)}" for flag in flags]
         page.append("| " + " | ".join([method, *counts, _spread(verdict["share_of_gain_under_control"])]) + " |")
-    return "\n".join([*page, ""])
+    return "\n".join([*page, "", *_reading(results), ""])
+
+
+def _reading(results: list[dict[str, Any]]) -> list[str]:
+    """What the tables say, in words; which methods are named depends on the figures alone."""
+    verdicts = judged(results)
+    methods = [method for method in METHODS if method != "unbiased annotators"]
+    held = [method for method in methods if all(verdicts[method]["length_held_alone"])]
+    enough = [m for m in held if min(verdicts[m]["share_of_gain_under_control"]) >= ENOUGH]
+    gold = {
+        m: _mean([row["alone"]["gold"] for row in results if (row["world"], row["method"]) == ("length", m)])
+        for m in methods
+    }
+    useless = [m for m in methods if m != "plain" and gold[m] <= gold["plain"] + CLOSE]
+    return [
+        "## Reading",
+        "",
+        f"- Length within {NEAR:.0%} of the reference's in every seed, alone: {_named(held)}.",
+        f"- Of these, under control at least {ENOUGH:.0%} of the unbiased gain in every seed: {_named(enough)}.",
+        f"- Alone, on average no more than {CLOSE} gold above plain: {_named(useless)}. Members and losses that share",
+        "  the annotators' bias cannot see it, and asking the same annotators about drifted answers asks for more of it.",
+        "- What is read off the answers there are (residual, two heads, product, balanced pairs) takes the correlation",
+        "  with length away and not its price: see [what did not work](../what-did-not-work.md).",
+    ]
+
+
+def _named(methods: list[str]) -> str:
+    return "; ".join(methods) or "none"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _spread(values: list[float]) -> str:
