@@ -211,7 +211,7 @@ def _reading(results: list[dict[str, Any]]) -> list[str]:
         f"- Length within {NEAR:.0%} of the reference's in every seed, alone: {_named(held)}.",
         f"- Of these, under control at least {ENOUGH:.0%} of the unbiased gain in every seed: {_named(enough)}.",
         f"- Alone, on average no more than {CLOSE} gold above plain: {_named(useless)}. Members and losses that share",
-        "  the annotators' bias cannot see it, and asking the same annotators about drifted answers asks for more of it.",
+        "  the annotators' bias cannot see it, and asking the same people about drifted answers asks for more of it.",
         "- What is read off the answers there are (residual, two heads, product, balanced pairs) takes the correlation",
         "  with length away and not its price: see [what did not work](../what-did-not-work.md).",
     ]
