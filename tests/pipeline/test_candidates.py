@@ -128,10 +128,9 @@ def test_no_prompts_no_pairs(made: Made, method: str) -> None:
     assert candidates(context, policy, [], 0) == []
 
 
-def test_the_best_of_several_needs_a_judge(made: Made) -> None:
+def test_the_best_of_several_is_sampled_plainly_until_there_is_a_judge(made: Made) -> None:
     context, policy, texts = having(made, "pairs.method=best_of")
-    with pytest.raises(ValueError, match="score"):
-        candidates(context, policy, texts, 0)
+    assert candidates(context, policy, texts, 0) == sampled_candidates(context, policy, texts, 0) != []
 
 
 def test_a_search_stops_when_asked(made: Made) -> None:

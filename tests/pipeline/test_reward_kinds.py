@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from user_files import PREFERENCES, bring, write
 
 from kedge import cli
 from kedge.models.reward import load_reward_model
+from kedge.pipeline import reward
 from kedge.trace.jsonl import read_json_lines
 
 RANKINGS = [
@@ -71,3 +73,64 @@ def test_padding_is_compared_in_pairs_only(
     write(tmp_path / "preferences.jsonl", VERDICTS)
     assert cli.main(["run", "files.toml", "--out", "run", "--set", "reward.length=padded_pairs"]) == 2
     assert 'set it to "padded_residual"' in capsys.readouterr().err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
+    command = ["run", "files.toml", "--out", "run"]
+    for setting in settings:
+        command += ["--set", setting]
+    assert cli.main(command) == 2
+    return capsys.readouterr().err
+
+
+def test_padding_takes_the_sentences_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bring(tmp_path).parent)
+    named = ("reward.length=padded_pairs", "data.neutral=neutral.txt")
+    assert "there is no" in refused(capsys, *named)
+    (tmp_path / "neutral.txt").write_text("\n\n")
+    assert "no sentences in it" in refused(capsys, *named)
+    (tmp_path / "neutral.txt").write_bytes(b"\xff\xfe\xff")
+    assert "not UTF-8" in refused(capsys, *named)
+    given: list[Sequence[str]] = []
+    monkeypatch.setattr(reward, "padded_pairs", lambda pairs, sentences, rng: given.append(sentences) or [])
+    (tmp_path / "neutral.txt").write_text("so it is .\nwell .\n")
+    for stage in ("sft", "reward"):
+        command = [stage, "files.toml", "--out", "run", "--resume"]
+        assert cli.main([*command, "--set", named[0], "--set", named[1]]) == 0
+    assert given == [("so it is .", "well .")]
+
+
+@pytest.mark.parametrize("way", ["padded_residual", "padded_pairs"])
+def test_padding_that_does_not_fit_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """GPT-2 has no more positions than its context; what is longer would not run."""
+    monkeypatch.chdir(bring(tmp_path).parent)
+    (tmp_path / "neutral.txt").write_text("so it is " * 30)
+    settings = (f"reward.length={way}", "data.neutral=neutral.txt", "model.family=gpt2", "model.context=64")
+    if way == "padded_residual":
+        assert "none has room for padding" in refused(capsys, *settings)
+        return
+    for stage in ("sft", "reward"):
+        command = [stage, "files.toml", "--out", "run", "--resume"]
+        for setting in settings:
+            command += ["--set", setting]
+        assert cli.main(command) == 0
+
+
+def test_an_interim_reward_model_leaves_no_metrics(tmp_path: Path, recipe: Path) -> None:
+    command = [
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+        "--set",
+        "pairs.method=best_of",
+        "--set",
+        "pairs.candidates=3",
+    ]
+    assert cli.main(["sft", *command]) == 0
+    assert cli.main(["reward", *command, "--resume"]) == 0
+    found = {line["stage"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")}
+    assert found == {"sft", "reward"}, "a stage that nothing drops would be there twice after a kill"

@@ -29,19 +29,17 @@ def candidates(
 ) -> list[Pair]:
     """A pair for each of `texts` from `policy`, the `index`-th checkpoint that answers, as `pairs.method` says.
 
-    Prompts with only one answer drop out. `best_of` needs `score`.
+    Prompts with only one answer drop out. Until there is a `score`, `best_of` samples plainly.
     """
     if not texts:
         return []
     match context.recipe.pairs.method:
-        case "sample":
-            return sampled_candidates(context, policy, texts, index)
         case "beam":
             return beam_pairs(context, policy, texts, index)
-        case "best_of":
-            if score is None:
-                raise ValueError("best_of needs a score")
+        case "best_of" if score is not None:
             return best_of_candidates(context, policy, texts, score, index)
+        case _:
+            return sampled_candidates(context, policy, texts, index)
 
 
 def sampled_candidates(context: Context, policy: Any, texts: Sequence[Prompt], index: int) -> list[Pair]:

@@ -62,10 +62,14 @@ class Context:
         """One line of metrics.jsonl."""
         append_json(self.run.metrics, {"stage": stage, "step": step, **figures})
 
-    def follow(self, shown: Stage, step: int, loss: float) -> None:
-        """After an optimiser step of a supervised stage: stop if asked to, show it, and keep every tenth."""
+    def show(self, shown: Stage, step: int, loss: float) -> None:
+        """After an optimiser step: stop if asked to, and show it."""
         self.interrupt.check(f"{shown.name} step {step}")
         shown.advance(step, loss=loss)
+
+    def follow(self, shown: Stage, step: int, loss: float) -> None:
+        """After an optimiser step of a supervised stage: show it, and keep every tenth."""
+        self.show(shown, step, loss)
         if step % LOG_EVERY == 0 or step == shown.total - 1:
             self.metric(shown.name, step, {"loss": loss})
 
@@ -77,6 +81,11 @@ class Context:
     def encode_demonstrations(self, loaded: Loaded[Demonstration]) -> Rollouts:
         """Demonstrations as rollouts that ended."""
         return self.encode([row.prompt for row in loaded.rows], [row.response for row in loaded.rows])
+
+    def fits(self, prompt: Prompt, response: str) -> bool:
+        """Whether prompt and response are within the context, EOS included."""
+        length = len(encode_prompt(self.tokenizer, prompt)) + len(encode_response(self.tokenizer, response))
+        return length <= self.recipe.model.context
 
     def encode_judgments(self, rows: Sequence[Judgment]) -> Judgments:
         """What annotators said, as token ids; `group_id` of a response numbers its prompt in the order first seen."""

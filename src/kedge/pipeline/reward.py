@@ -38,7 +38,7 @@ def rewarded(context: Context) -> None:
     given = context.task.judgments
     rows = given.rows if given is not None else _labelled_pairs(context, policy)
     training, testing = _sides(context, rows)
-    model = _trained(context, policy, training, kind_of(rows[0]), "reward")
+    model = _trained(context, policy, training, kind_of(rows[0]))
     model = _calibrated(context, policy, model)
     model = replace(model, support=fit_support(model, training.responses, testing.responses))
     _report(context, model, training, testing)
@@ -65,16 +65,20 @@ def _padded_pairs(context: Context, rows: Sequence[Judgment]) -> list[Preference
     if len(pairs) < len(rows):
         what = "padding is compared in pairs, and these judgments are of another kind"
         raise InputError(Problem("reward.length", what, 'set it to "padded_residual"'))
-    return padded_pairs(pairs, context.task.neutral, seeded_numpy(context.recipe.seed, "padding"))
+    plain = padded_pairs(pairs, context.task.neutral, seeded_numpy(context.recipe.seed, "padding"))
+    return [row for row in plain if context.fits(row.prompt, row.rejected)]
 
 
-def _trained(context: Context, policy: Any, training: Judgments, kind: Kind, name: str) -> RewardModel:
-    """The recipe's members, not yet normalised; `name` is that of the stage as shown and logged."""
+def _trained(context: Context, policy: Any, training: Judgments, kind: Kind, *, interim: bool = False) -> RewardModel:
+    """The recipe's members, not yet normalised. Of an interim one no metrics are kept."""
     reward = context.recipe.reward
     trunks = 1 if reward.trunk == "shared" else reward.members
     heads = reward.members if reward.trunk == "shared" else 2 if reward.length == "two_head" else 1
     members = []
-    with context.progress.stage(name, trunks * steps(training, _settings(context.recipe, 0))) as stage:
+    say = context.show if interim else context.follow
+    with context.progress.stage(
+        "interim reward" if interim else "reward", trunks * steps(training, _settings(context.recipe, 0))
+    ) as stage:
         for number in range(trunks):
             seed = seed_of(context.recipe.seed, "reward head", number)
             rank = reward.lora_rank if reward.trunk == "lora" else None
@@ -83,7 +87,7 @@ def _trained(context: Context, policy: Any, training: Judgments, kind: Kind, nam
             done = number * steps(training, settings)
 
             def follow(step: int, loss: float, done: int = done) -> None:
-                context.follow(stage, done + step, loss)
+                say(stage, done + step, loss)
 
             try:
                 train_reward_model(model, training, kind, settings, on_step=follow)
@@ -127,18 +131,26 @@ def _calibrated(context: Context, policy: Any, model: RewardModel) -> RewardMode
 
 
 def _padded(context: Context, answers: Rollouts) -> Rollouts:
-    """Each answer that ended, as it is and among one to three sentences, as a group of its own."""
+    """Each answer that ended, as it is and among one to three sentences, as a group of its own; what fits of them.
+
+    Raises `InputError` where no answer can be padded.
+    """
     rng = seeded_numpy(context.recipe.seed, "padding")
+    asked = [context.task.prompts.rows[group] for group in answers.group_id.tolist()]
+    ended = [row for row, whole in enumerate(answers.ended.tolist()) if whole]
     texts = context.text(answers)
-    rows = [row for row, ended in enumerate(answers.ended.tolist()) if ended]
-    groups = [row for row in rows for _ in range(MOST + 1)]
     shown = [
-        padded(texts[row], context.task.neutral, count, rng) if count else texts[row]
-        for row in rows
+        (row, asked[row], padded(texts[row], context.task.neutral, count, rng) if count else texts[row])
+        for row in ended
         for count in range(MOST + 1)
     ]
-    prompts = [context.task.prompts.rows[answers.group_id[row]] for row in groups]
-    return replace(context.encode(prompts, shown), group_id=torch.tensor(groups))
+    kept = [one for one in shown if context.fits(*one[1:])]
+    groups, prompts, responses = zip(*kept, strict=True) if kept else ((), (), ())
+    if len(groups) == len(set(groups)):
+        what = f"{len(ended)} of {len(answers)} answers of the supervised policy end, and none has room for padding"
+        remedy = "raise policy.max_new_tokens or model.context, or choose another reward.length"
+        raise InputError(Problem("reward.length", what, remedy))
+    return replace(context.encode(prompts, responses), group_id=torch.tensor(groups))
 
 
 def _report(context: Context, model: RewardModel, training: Judgments, testing: Judgments) -> None:
@@ -202,4 +214,4 @@ def _labelled(labeller: Labeller, pairs: Sequence[Pair]) -> list[Preference]:
 def _interim(context: Context, policy: Any, rows: Sequence[Preference]) -> RewardModel:
     """A reward model of the pairs so far, asked only which of several answers is best."""
     training, _ = _sides(context, rows)
-    return _trained(context, policy, training, "pair", "interim reward")
+    return _trained(context, policy, training, "pair", interim=True)

@@ -196,7 +196,7 @@ def _margins(scores: Tensor) -> Tensor:
 def objective_of(judgments: Judgments, kind: Kind, settings: RewardSettings, members: int) -> Objective:
     """The objective that `settings` names for judgments of this kind.
 
-    Raises `ValueError` where the judgments cannot teach it.
+    Raises `Unteachable` where the judgments cannot teach it.
     """
     grades, mask = judgments.grades, judgments.mask
     if settings.length == "resample" and (kind in ("rating", "verdict") or _as_a_whole(kind, settings)):
