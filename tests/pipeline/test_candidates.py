@@ -14,7 +14,7 @@ from kedge import recipe
 from kedge.errors import InputError, Interrupted
 from kedge.models.load import scratch_policy
 from kedge.pipeline import candidates as module
-from kedge.pipeline.candidates import best_of_candidates, candidates, diversity
+from kedge.pipeline.candidates import best_of_candidates, candidates, diversity, sampled_candidates
 from kedge.pipeline.context import Context
 from kedge.pipeline.tasks import inputs_of
 from kedge.progress import Interrupt, Progress
