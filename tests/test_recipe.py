@@ -111,8 +111,8 @@ def test_override(override: str, read: object) -> None:
 
 
 def test_overrides_beat_the_file_and_the_last_one_wins() -> None:
-    loaded = recipe.parse("[policy.kl]\nbeta = 1\ntarget = 2", ["policy.kl.beta=3", "policy.kl.beta=4"])
-    assert (loaded.policy.kl.beta, loaded.policy.kl.target) == (4.0, 2.0)
+    loaded = recipe.parse("[policy.kl]\nbeta = 1\nlimit = 2", ["policy.kl.beta=3", "policy.kl.beta=4"])
+    assert (loaded.policy.kl.beta, loaded.policy.kl.limit) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_every_default_may_be_written_out(key: recipe.Key) -> None:
 
 def test_build_takes_nested_settings() -> None:
     given_ = {"policy": {"kl": {"beta": 1.0}}}
-    assert recipe.build(given_, ["policy.kl.target=2"]).policy.kl.target == 2.0
+    assert recipe.build(given_, ["policy.lam=1"]).policy.lam == 1.0
     assert given_ == {"policy": {"kl": {"beta": 1.0}}}, "the settings given must not be changed"
 
 

@@ -200,19 +200,23 @@ class ScoredRollouts:
 class Experience:
     """Rewards, advantages and returns per channel in channel units, and the affine map that PPO's advantage needs.
 
-    The advantage that training uses is `(sum_c weights[b, c] * advantages[b, t, c] - shift) / scale`, exactly.
-    `returns` holds one column per critic head: the channels themselves, or one column for a scalar critic.
+    The advantage that training uses is `(sum_c weights[b, c] * advantages[b, t, c] - shift[b]) / scale[b]`, exactly.
+    `values` come from a critic or from a baseline. `returns` holds one column per critic head: the channels themselves,
+    or one column for a scalar critic.
     """
 
     scored: ScoredRollouts
     channels: tuple[str, ...]
     rewards: Tensor  # [B, T, C]
-    values: Tensor  # [B, T, C], zeros where no head predicts the channel
+    values: Tensor  # [B, T, C], zeros where nothing predicts the channel
     advantages: Tensor  # [B, T, C]
     returns: Tensor  # [B, T, heads]
     weights: Tensor  # [B, C] reward per channel unit
-    shift: Tensor  # [] in reward units
-    scale: Tensor  # [] in reward units
+    gamma: float  # with which, and with `lam`, the advantages follow from rewards and values
+    lam: float
+    shift: Tensor  # [B] in reward units
+    scale: Tensor  # [B] in reward units
+    loss_beta: Tensor  # [B] advantage per nat: the coefficient of a KL term in the loss, 0 where there is none
 
     def __post_init__(self) -> None:
         batch, length = self.scored.rollouts.response_ids.shape
@@ -220,11 +224,18 @@ class Experience:
         for name in ("rewards", "values", "advantages"):
             _shape(name, getattr(self, name), batch, length, count)
         _shape("weights", self.weights, batch, count)
+        for name in ("shift", "scale", "loss_beta"):
+            _shape(name, getattr(self, name), batch)
 
     def advantage(self) -> Tensor:
         """[B, T] the advantage that the policy loss uses, zero outside the response mask."""
         total = (self.weights[:, None, :] * self.advantages).sum(dim=-1)
-        return ((total - self.shift) / self.scale) * self.scored.rollouts.response_mask
+        return (total - self.shift[:, None]) / self.scale[:, None] * self.scored.rollouts.response_mask
+
+    def kl_per_response(self) -> Tensor:
+        """[B] log policy - log reference of the whole response (k1), in nats."""
+        gap = self.scored.old.logprobs - self.scored.reference.logprobs
+        return gap.masked_fill(~self.scored.rollouts.response_mask, 0).sum(dim=1)
 
     def channel(self, name: str) -> Tensor:
         """[B] the channel's reward summed over the response, in channel units."""
@@ -236,6 +247,8 @@ class UpdateStats:
     """What the optimiser did with one batch. Scalars are [epochs, minibatches]; per-token fields are [B, T]."""
 
     policy_loss: Tensor
+    kl_loss: Tensor  # the KL term of the loss, in the advantage's unit
+    mix_loss: Tensor  # of the demonstrations mixed in, nats per token
     value_loss: Tensor  # [epochs, minibatches, heads], divided by each return's running variance
     approx_kl: Tensor  # k3 of old against new policy, nats per token
     clip_fraction: Tensor
@@ -244,6 +257,7 @@ class UpdateStats:
     entropy: Tensor  # nats per token
     policy_grad_norm: Tensor
     critic_grad_norm: Tensor
+    left_out: Tensor  # 1 where the policy rested at its limit, else 0
     new_logprobs: Tensor  # [B, T] under the policy in the last epoch, before that minibatch's step
     active: Tensor  # [B, T] bool: the clip let the gradient of this token through in the last epoch
 

@@ -1,4 +1,4 @@
-"""The KL estimators and Ziegler's controller by hand-worked values and by expectation."""
+"""The KL estimators by hand-worked values and by expectation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import examples, log_softmax
+from loops import examples, log_softmax, ragged_mask
 
-from kedge.ops.kl import adapted_coefficient, k1, k2, k3
+from kedge.ops.kl import absolute, full_kl, full_kl_loss, k1, k2, k3, sequence_k2, token_sum
 
 
 def test_estimators_on_a_token_twice_as_likely_under_the_policy() -> None:
@@ -57,31 +57,65 @@ def test_k3_keeps_its_digits_near_equality() -> None:
     assert k3(policy, policy - 1e-5).item() == pytest.approx(5e-11, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("measured", "expected"),
-    [
-        (6.0, 0.15),  # on target
-        (6.6, 0.15 * (1 + 0.1 * 0.0512)),  # 10% above: the error is 0.1
-        (5.4, 0.15 * (1 - 0.1 * 0.0512)),
-        (60.0, 0.15 * (1 + 0.2 * 0.0512)),  # saturated above
-        (0.0, 0.15 * (1 - 0.2 * 0.0512)),  # saturated below
-        (-1.0, 0.15 * (1 - 0.2 * 0.0512)),  # a sampled k1 may be negative
-    ],
-)
-def test_controller_by_hand(measured: float, expected: float) -> None:
-    assert adapted_coefficient(0.15, measured, 6.0, episodes=512, horizon=10000) == pytest.approx(expected, rel=1e-12)
+# As a loss
 
 
-def test_a_saturated_controller_doubles_beta_in_542_steps_of_64_episodes() -> None:
-    beta, steps = 0.1, 0
-    while beta < 0.2:
-        beta, steps = adapted_coefficient(beta, 100.0, 6.0, episodes=64, horizon=10000), steps + 1
-    assert steps == 542
+def random_logprobs(rng: np.random.Generator, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(-rng.exponential(size=shape))
 
 
-def test_controller_moves_by_a_fifth_over_one_horizon() -> None:
-    assert adapted_coefficient(1.0, 100.0, 1.0, episodes=500, horizon=500) == pytest.approx(1.2)
+@examples
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 4), width=st.integers(1, 6))
+def test_a_sequences_k2_and_its_gradient_are_those_of_its_log_ratio(seed: int, rows: int, width: int) -> None:
+    """(sum of k1)^2 / 2; the gradient of every token of the response is the whole sum, and nothing elsewhere."""
+    rng = np.random.default_rng(seed)
+    mask = ragged_mask(rng, rows, width)
+    policy, reference = random_logprobs(rng, rows, width).requires_grad_(), random_logprobs(rng, rows, width)
+    found = sequence_k2(policy, reference, mask)
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    for b in range(rows):
+        gap = math.fsum(policy[b, t].item() - reference[b, t].item() for t in range(width) if mask[b, t])
+        assert found[b].item() == pytest.approx(gap * gap / 2, abs=1e-10)
+        for t in range(width):
+            assert gradient[b, t].item() == pytest.approx(gap if mask[b, t] else 0.0, abs=1e-10)
 
 
-def test_zero_beta_stays_zero() -> None:
-    assert adapted_coefficient(0.0, 100.0, 6.0, episodes=64, horizon=100) == 0
+def test_token_sum_and_absolute_by_hand() -> None:
+    mask = torch.tensor([[True, False, True]])
+    policy, reference = torch.tensor([[-1.0, math.nan, -2.0]]), torch.tensor([[-1.5, 0.0, -1.0]])
+    assert absolute(policy, reference)[0, 0] == 0.5 and absolute(policy, reference)[0, 2] == 1.0
+    assert token_sum(k1(policy, reference), mask).tolist() == [-0.5]
+
+
+@examples
+@given(seed=st.integers(0, 2**32 - 1), vocab=st.integers(2, 5))
+def test_full_kl_is_the_sum_over_the_vocabulary(seed: int, vocab: int) -> None:
+    rng = np.random.default_rng(seed)
+    policy, reference = (log_softmax(rng.normal(size=vocab).tolist()) for _ in range(2))
+    expected = math.fsum(math.exp(p) * (p - r) for p, r in zip(policy, reference, strict=True))
+    found = full_kl(torch.tensor([[policy]], dtype=torch.float64), torch.tensor([[reference]], dtype=torch.float64))
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_full_kl_takes_tokens_that_the_policy_cannot_write() -> None:
+    policy, reference = torch.tensor([0.5, 0.5, 0.0]).log(), torch.tensor([0.25, 0.25, 0.5]).log()
+    assert full_kl(policy[None, None], reference[None, None]).item() == pytest.approx(math.log(2))
+
+
+@examples
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), width=st.integers(1, 5))
+def test_the_full_loss_charges_each_token_for_what_follows(seed: int, rows: int, width: int) -> None:
+    """Its value is the sum of the token KLs; a token's log-probability gets the token KLs after it as gradient."""
+    rng = np.random.default_rng(seed)
+    mask = ragged_mask(rng, rows, width)
+    token_kl = torch.from_numpy(rng.exponential(size=(rows, width))).requires_grad_()
+    logprobs = random_logprobs(rng, rows, width).requires_grad_()
+    found = full_kl_loss(token_kl, logprobs, mask)
+    of_kl, of_logprobs = torch.autograd.grad(found.sum(), (token_kl, logprobs))
+    for b in range(rows):
+        kept = [t for t in range(width) if mask[b, t]]
+        assert found[b].item() == pytest.approx(math.fsum(float(token_kl[b, t]) for t in kept), abs=1e-10)
+        for t in range(width):
+            after = math.fsum(float(token_kl[b, u]) for u in kept if u > t)
+            assert of_logprobs[b, t].item() == pytest.approx(after if mask[b, t] else 0.0, abs=1e-10)
+            assert of_kl[b, t].item() == (1.0 if mask[b, t] else 0.0)

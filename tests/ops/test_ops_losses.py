@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loops import examples, kept, poisoned, ragged_mask
 
-from kedge.ops.losses import ppo_objective, token_nll, value_loss
+from kedge.ops.losses import importance_weights, ppo_objective, token_nll, token_weights, value_loss
 
 seeds = st.integers(0, 2**32 - 1)
 reals = st.floats(-6, 6)
@@ -128,3 +128,58 @@ def test_token_nll_is_the_sum_over_true_tokens_per_given_token(
     expected = -math.fsum(kept(logprobs, mask)) / tokens
     assert token_nll(poisoned(logprobs, mask), mask, tokens).item() == pytest.approx(expected, rel=1e-12)
     assert token_nll(poisoned(logprobs, mask, -math.inf), mask, tokens).item() == pytest.approx(expected, rel=1e-12)
+
+
+# Variants of the surrogate
+
+
+@examples
+@given(
+    ratio=st.floats(0.05, 20), advantage=reals, low=st.floats(0.05, 0.9), high=st.floats(0.05, 3), dual=st.floats(1.1, 5)
+)
+def test_upper_bound_and_dual_clip_by_cases(ratio: float, advantage: float, low: float, high: float, dual: float) -> None:
+    """Above 0 the ratio stops at 1 + high; below 0 it stops at 1 - low, and at dual on the other side."""
+    old = torch.tensor(-1.5, dtype=torch.float64)
+    logprob = (old + math.log(ratio)).requires_grad_()
+    of = torch.tensor(advantage, dtype=torch.float64)
+    value, active = ppo_objective(logprob, old, of, clip=low, clip_high=high, dual_clip=dual)
+    (gradient,) = torch.autograd.grad(value, logprob)
+    held = min(ratio, 1 + high) if advantage >= 0 else min(max(ratio, 1 - low), dual)
+    assert value.item() == pytest.approx(held * advantage, abs=1e-9)
+    if min(abs(ratio - 1 - high), abs(ratio - 1 + low), abs(ratio - dual)) > 1e-9 and abs(advantage) > 1e-6:
+        flat = held != ratio
+        assert bool(active) == (not flat)
+        assert gradient.item() == pytest.approx(0 if flat else ratio * advantage, abs=1e-9)
+
+
+def test_an_infinite_clip_leaves_the_ratio_free() -> None:
+    for ratio, advantage in ((0.01, -2.0), (50.0, 2.0), (50.0, -2.0)):
+        value, active, gradient = surrogate(ratio, advantage, math.inf)
+        assert (value, active) == (pytest.approx(ratio * advantage), True)
+        assert gradient == pytest.approx(ratio * advantage)
+
+
+def test_importance_weights_are_capped_ratios() -> None:
+    learner, sampler = torch.tensor([0.2, 0.4, 0.9]).log(), torch.tensor([0.4, 0.4, 0.1]).log()
+    assert importance_weights(learner, sampler, 2.0).tolist() == pytest.approx([0.5, 1.0, 2.0])
+
+
+@examples
+@given(seed=seeds, rows=st.integers(1, 5), width=st.integers(1, 6))
+def test_aggregations_are_what_their_names_say(seed: int, rows: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = ragged_mask(rng, rows, width)
+    losses = torch.from_numpy(rng.normal(size=(rows, width)))
+    sums = [math.fsum(kept(losses[b], mask[b])) for b in range(rows)]
+    lengths = [int(mask[b].sum()) for b in range(rows)]
+    expected = {
+        "token_mean": math.fsum(sums) / sum(lengths),
+        "sequence_sum": math.fsum(sums) / rows,
+        "sequence_mean": math.fsum(s / n for s, n in zip(sums, lengths, strict=True)) / rows,
+        "constant": math.fsum(sums) / (rows * 17),
+    }
+    for name, wanted in expected.items():
+        weights = token_weights(mask, name, tokens=mask.sum(), responses=rows, budget=17)
+        found = float((weights.double() * losses).sum())
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert not weights[~mask].any()

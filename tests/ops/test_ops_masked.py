@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import examples, kept, mean_and_variance, poisoned, ragged_mask
+from torch import Tensor
 
 from kedge.ops.masked import masked_mean, masked_sum, masked_variance, whitening
 
@@ -91,3 +94,51 @@ def test_gradient_reaches_true_entries_only_even_beside_nan() -> None:
     values = torch.tensor([[1.0, float("nan"), 2.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(masked_mean(values, mask), values)
     assert gradient.tolist() == [[0.5, 0.0, 0.5]]
+
+
+def on_two_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], Tensor]) -> list[Tensor]:
+    """`work(rank, reduce)` in two threads, where `reduce` adds what both hand in."""
+    meeting, handed, found = threading.Barrier(2, timeout=5), [torch.zeros(())] * 2, [torch.zeros(())] * 2
+
+    def run(rank: int) -> None:
+        def reduce(partial: Tensor) -> Tensor:
+            handed[rank] = partial
+            meeting.wait()
+            total = handed[0] + handed[1]
+            meeting.wait()
+            return total
+
+        found[rank] = work(rank, reduce)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@settings(max_examples=20)
+@given(seed=seeds, batch=st.integers(2, 7), length=sizes)
+def test_over_ranks_the_statistics_are_those_of_the_whole_batch(seed: int, batch: int, length: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = ragged_mask(rng, batch, length)
+    values = poisoned(torch.from_numpy(rng.normal(3, 2, (batch, length))), mask)
+    cut = int(rng.integers(1, batch))
+    rows = (slice(0, cut), slice(cut, batch))
+
+    def work(rank: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        part, true = values[rows[rank]], mask[rows[rank]]
+        shift, scale = whitening(part, true, reduce=reduce)
+        mean, variance = (f(part, true, reduce=reduce) for f in (masked_mean, masked_variance))
+        return torch.stack([shift, scale, mean, variance])
+
+    mean, variance = mean_and_variance(kept(values, mask))
+    for found in on_two_ranks(work):
+        assert found.tolist() == pytest.approx([mean, math.sqrt(variance + 1e-8), mean, variance], abs=1e-12)
+
+
+def test_a_rank_without_a_true_entry_takes_part() -> None:
+    values, mask = torch.tensor([[1.0, 3.0], [5.0, 5.0]]), torch.tensor([[True, True], [False, False]])
+    found = on_two_ranks(lambda rank, reduce: masked_mean(values[rank], mask[rank], reduce=reduce))
+    assert [mean.item() for mean in found] == [2.0, 2.0]

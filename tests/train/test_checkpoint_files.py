@@ -12,17 +12,17 @@ from tiny_learner import experience, learner, weights_of
 from kedge.errors import InputError
 from kedge.train import checkpoint
 from kedge.train.checkpoint import State
-from kedge.train.controller import KlController
+from kedge.train.controller import Adaptive, Controllers, Fixed
 from kedge.train.policy import running_variance
-from kedge.train.update import Learner, PpoSettings, update
+from kedge.train.update import Learner, UpdateSettings, update
 
-CONTROLLER = KlController("adaptive", 0.1 + 1e-17, 6.0, 1000.0)
+CONTROLLER = Controllers.of(Adaptive(0.1 + 1e-17, 6.0, 1000.0))
 
 
 def step(of: Learner, seed: int = 0) -> torch.Tensor:
     batch = experience(of)
     variance = running_variance(None, batch)
-    settings = PpoSettings(epochs=1, minibatches=2, clip=0.2)
+    settings = UpdateSettings(epochs=1, minibatches=2, clip=0.2)
     update(of, batch, settings, torch.Generator().manual_seed(seed), return_variance=variance)
     return variance
 
@@ -82,9 +82,9 @@ def test_the_newest_are_kept_and_the_newest_whole_one_is_found(tmp_path: Path) -
 def test_saving_again_replaces(tmp_path: Path) -> None:
     of = learner()
     for beta in (0.1, 0.2):
-        state = State(3, KlController("fixed", beta, 6.0, 1.0))
+        state = State(3, Controllers.of(Fixed(beta)))
         checkpoint.save(tmp_path / "step-000003", of, state, keep=2)
-    assert checkpoint.load(tmp_path / "step-000003", of).controller.beta == 0.2
+    assert checkpoint.load(tmp_path / "step-000003", of).controller.mean_beta == 0.2
 
 
 def test_a_failure_to_write_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The parts of the policy loop that are neither an equation nor a model: prompts, beta, statistics, checks."""
+"""The parts of the policy loop that are neither an equation nor a model: prompts, statistics, checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tiny_learner import WEIGHTS, experience, learner, pool
 
 from kedge.errors import InputError
 from kedge.structs import Prompts
-from kedge.train.controller import KlController
 from kedge.train.descent import cosine
 from kedge.train.policy import (
     PolicySettings,
@@ -59,31 +58,6 @@ def test_padding_that_no_row_needs_is_cut_off() -> None:
     mask = torch.tensor([[False, False, True], [False, True, True]])
     cut = trim(Prompts(torch.tensor([[0, 0, 5], [0, 6, 7]]), mask, torch.arange(2)))
     assert cut.ids.tolist() == [[0, 5], [6, 7]] and cut.mask.tolist() == [[False, True], [True, True]]
-
-
-# Beta
-
-
-def test_a_fixed_beta_stays() -> None:
-    controller = KlController("fixed", 0.05, 6.0, 1000.0)
-    assert controller.observe(1e6, 512) is controller
-
-
-@pytest.mark.parametrize(
-    ("kl", "beta"),
-    [
-        (6.0, 0.05),  # on target
-        (6.6, 0.05 * (1 + 0.1 * 100 / 1000)),
-        (5.4, 0.05 * (1 - 0.1 * 100 / 1000)),
-        (60.0, 0.05 * (1 + 0.2 * 100 / 1000)),  # errors count up to a fifth
-        (0.0, 0.05 * (1 - 0.2 * 100 / 1000)),
-        (-5.0, 0.05 * (1 - 0.2 * 100 / 1000)),  # a sampled estimate may be negative
-    ],
-)
-def test_an_adaptive_beta_follows_the_error(kl: float, beta: float) -> None:
-    after = KlController("adaptive", 0.05, 6.0, 1000.0).observe(kl, 100)
-    assert after.beta == pytest.approx(beta)
-    assert (after.mode, after.target, after.horizon) == ("adaptive", 6.0, 1000.0)
 
 
 # Statistics of returns
@@ -144,11 +118,11 @@ def test_a_score_that_is_not_finite_is_named() -> None:
 
 
 def test_a_ratio_away_from_one_is_refused() -> None:
-    from kedge.train.update import PpoSettings, update
+    from kedge.train.update import UpdateSettings, update
 
     of = learner()
     batch = experience(of)
-    stats = update(of, batch, PpoSettings(1, 1, 0.2), torch.Generator(), return_variance=running_variance(None, batch))
+    stats = update(of, batch, UpdateSettings(1, 1, 0.2), torch.Generator(), return_variance=running_variance(None, batch))
     require_ratio_one(stats, 2)
     with pytest.raises(InputError, match="policy step 2"):
         require_ratio_one(replace(stats, ratio_error=stats.ratio_error + 0.01), 2)

@@ -13,12 +13,12 @@ from kedge.errors import DivergenceError
 from kedge.rollout.score import token_scores
 from kedge.structs import Experience, Rollouts, Sampling
 from kedge.train.policy import running_variance
-from kedge.train.update import Learner, PpoSettings, update
+from kedge.train.update import Learner, UpdateSettings, update
 
-SETTINGS = PpoSettings(epochs=2, minibatches=2, clip=0.2)
+SETTINGS = UpdateSettings(epochs=2, minibatches=2, clip=0.2)
 
 
-def carried_out(of: Learner, batch: Experience, settings: PpoSettings = SETTINGS, **named):
+def carried_out(of: Learner, batch: Experience, settings: UpdateSettings = SETTINGS, **named):
     generator = torch.Generator().manual_seed(2)
     return update(of, batch, settings, generator, return_variance=running_variance(None, batch), **named)
 
@@ -53,7 +53,7 @@ def test_the_gradient_itself_does_not_depend_on_the_cut() -> None:
         of = learner()
         plain = replace(of, optimizer=torch.optim.SGD(of.policy.parameters(), lr=1.0))
         before = weights_of(of.policy)
-        settings = PpoSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=1e9, microbatch=microbatch)
+        settings = UpdateSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=1e9, microbatch=microbatch)
         carried_out(plain, experience(of), settings)
         moved.append({name: weight - before[name] for name, weight in weights_of(of.policy).items()})
     close(moved[0], moved[1], 1e-6)
@@ -148,7 +148,7 @@ def test_no_gradient_enters_at_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "response_logprobs", watched)
     of = learner()
-    settings = PpoSettings(epochs=1, minibatches=1, clip=0.2, entropy_bonus=0.01)
+    settings = UpdateSettings(epochs=1, minibatches=1, clip=0.2, entropy_bonus=0.01)
     carried_out(of, experience(of, holed(drawn(of.policy))), settings)
     ((distribution, rollouts),) = held
     pulled = (distribution.grad != 0).any(dim=-1)

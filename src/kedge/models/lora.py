@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.pytorch_utils import Conv1D
@@ -39,3 +40,39 @@ def merged(model: Any) -> Any:
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
     del model.base_model.peft_config
     return model
+
+
+def adapted_policy(model: Any, rank: int, seed: int) -> Any:
+    """Freeze a language model and give every linear map of its trunk an adapter that starts at zero."""
+    adapted = add_adapters(model, rank, seed)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(MARK in name)
+    return adapted
+
+
+class WithoutAdapters:
+    """A policy as it is with its adapters off: the reference that shares the policy's weights."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+        self.config = policy.config
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        from peft.tuners.lora import LoraLayer
+
+        layers = [part for part in self._policy.modules() if isinstance(part, LoraLayer)]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            return self._policy(*arguments, **named)
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def eval(self) -> WithoutAdapters:
+        self._policy.eval()
+        return self
+
+    def parameters(self) -> Iterator[Any]:
+        found: Iterator[Any] = self._policy.parameters()
+        return found

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kedge.ops.kl import k1
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+"""A KL estimate per token, from log-probabilities under the policy and under the reference."""
 
 
 def at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
@@ -15,9 +20,12 @@ def at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     return rewards.scatter(1, last.unsqueeze(1), scores.unsqueeze(1))
 
 
-def kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] the `kl` channel: k1 = log policy - log reference per token, in nats. Its weight is -beta."""
-    return k1(logprobs, ref_logprobs).masked_fill(~mask, 0)
+def kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Estimator = k1) -> Tensor:
+    """[B, T] the `kl` channel: k1 = log policy - log reference per token, in nats. Its weight is -beta.
+
+    Other estimators are there to be studied: only k1 has the gradient of the KL here.
+    """
+    return estimator(logprobs, ref_logprobs).masked_fill(~mask, 0)
 
 
 def length_rewards(mask: Tensor) -> Tensor:

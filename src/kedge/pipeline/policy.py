@@ -1,126 +1,133 @@
-"""The fourth and fifth stage: PPO against the reward model, watched by evaluations, probes and the trace."""
+"""The fourth and fifth stage: the policy optimised against the reward model, watched and traced."""
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kedge.data.records import prompt_text
-from kedge.evaluate.policy import Evaluation, EvaluationSet, Judge, evaluate, prepare
+from kedge.errors import InputError, Problem
+from kedge.evaluate.policy import terciles
 from kedge.models.heads import Critic
-from kedge.models.load import save_model
 from kedge.models.reward import RewardModel, load_reward_model
+from kedge.ops.kl import ESTIMATORS, k1
 from kedge.ops.rewards import clip_scores
 from kedge.pipeline.context import Context
-from kedge.pipeline.probes import Probes, prepare_probes
-from kedge.rollout.given import as_rollouts
-from kedge.rollout.reward import judge, scores
+from kedge.pipeline.direct import best_of, directly_optimised
+from kedge.pipeline.follow import begin, follow
+from kedge.pipeline.learners import learner_of, references, trainable_policy
+from kedge.pipeline.watch import prepare_watch
+from kedge.recipe.length_rewards import length_rewards
+from kedge.recipe.methods import unread
+from kedge.recipe.sections import Kl
+from kedge.rollout.reward import judge
 from kedge.rollout.rules import RuleReward
 from kedge.rollout.score import Rewarder
+from kedge.rollout.shaping import ReferenceAnswers, above_reference, shaping_rewarders
 from kedge.rollout.uncertainty import Uncertainty, uncertainty
 from kedge.structs import Opinion, Prompts, Rollouts
 from kedge.trace.jsonl import append_json
-from kedge.trace.writer import SampleRecord, TraceWriter
-from kedge.train import checkpoint
+from kedge.trace.writer import TraceWriter
 from kedge.train.checkpoint import State
-from kedge.train.controller import KlController
+from kedge.train.controller import Adaptive, Controller, Controllers, Fixed, Lagrangian, Pid
 from kedge.train.experience import SCALAR_CRITIC, channel_names
-from kedge.train.policy import PolicySettings, Step, prompt_batch, train_policy
+from kedge.train.limit import Guard, Stop, exact_check, sequence_kl
+from kedge.train.methods import METHODS, PPO
+from kedge.train.mix import Mix
+from kedge.train.normalise import RunningScore
+from kedge.train.online import train_online
+from kedge.train.policy import PolicySettings, Step, Tie, prompt_batch, train_policy
 from kedge.train.record import step_metrics, step_record
-from kedge.train.schedule import seeded
-from kedge.train.sft import heldout_loss
-from kedge.train.update import Learner, PpoSettings
-
-ADAM_EPSILON = 1e-5  # as in the original implementations; 1e-8 makes the first steps erratic
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What looks at the policy between steps."""
-
-    judge: Judge
-    fixed: EvaluationSet
-    probes: Probes | None
-    anchor: Rollouts | None
-    reference: Any
+from kedge.train.rejection import train_rejection
+from kedge.train.schedule import seed_of, seeded
+from kedge.train.token_constants import constant_token_rewards, constant_words
+from kedge.train.update import UpdateSettings
 
 
 def optimised(context: Context) -> None:
-    """PPO from `models/sft` against `models/reward`, going on from the newest checkpoint; writes `models/policy`."""
-    learner, reference, reward_model = _models(context)
+    """The recipe's method from `models/sft`, going on from the newest checkpoint; writes `models/policy`."""
+    for key, why in unread(context.recipe):
+        context.event("policy", 0, "not_read", f"{key} {why}")
+    _STAGES.get(context.recipe.policy.method, _on_policy)(context)
+
+
+def _on_policy(context: Context) -> None:
+    """Methods that learn from responses of their own: draw, score, update, again."""
     recipe = context.recipe
-    found = checkpoint.latest(context.run.checkpoints)
-    kl = recipe.policy.kl
-    state = State(0, KlController(kl.mode, kl.beta, kl.target, kl.horizon))
-    if found is not None:
-        state = checkpoint.load(found, learner)
-        context.event("policy", state.step, "resumed", f"policy: going on from step {state.step}")
-    # Without a checkpoint the evaluation before the first step is made again, too.
-    context.run.truncate(-1 if found is None else state.step)
-    watch = _watch(context, reference, reward_model)
-    texts = context.task.prompts.rows
-    pool = context.encode_prompts(texts)
-    prompts = [prompt_text(text) for text in texts]
+    policy = trainable_policy(context)
+    reference, original = references(context, policy)
+    reward_model = load_reward_model(context.run.models / "reward")
+    prompts = [prompt_text(text) for text in context.task.prompts.rows]
+    pool = context.encode_prompts(context.task.prompts.rows)
+    rewarders = _rewarders(context, reward_model, reference, prompts)
+    learner = learner_of(context, policy, reference, _critic(context, reward_model, tuple(rewarders)))
+    settings = policy_settings(context)
+    running = RunningScore() if recipe.policy.score_normalisation == "running" else None
+    state = begin(context, learner, State(0, controllers(recipe.policy.kl), score=running))
+    watch = prepare_watch(context, original, reward_model)
+    if state.step == 0:
+        if recipe.policy.kl.study:
+            what = f"policy.kl.estimator = {recipe.policy.kl.estimator} is under study: it need not hold the policy"
+            context.event("policy", 0, "study", what)
+        for notice in length_rewards(recipe):
+            context.event("policy", 0, "length_reward", str(notice))
     per_step, samples = recipe.policy.prompts_per_step, recipe.policy.samples_per_prompt
-    steps = train_policy(
+    steps = _LOOPS.get(recipe.policy.method, train_policy)(
         learner,
-        reference,
-        {
-            "score": lambda rollouts: _clipped(judge(reward_model, rollouts), recipe.policy.score_clip),
-            **_rules(context, prompts),
-        },
+        _tie(context, reference, pool),
+        rewarders,
         lambda step: prompt_batch(pool, per_step, samples, recipe.seed, step),
         context.engine,
-        _settings(context),
+        settings,
         state,
+        mix=_mix(context, settings),
     )
-    total = recipe.policy.steps
-    with (
-        TraceWriter(context.run, text=recipe.trace.text, keep=recipe.trace.keep) as writer,
-        context.progress.stage("policy", total, start=state.step) as stage,
-    ):
-        if state.step == 0:
-            _look(context, learner, watch, writer, state)
-        for step in steps:
-            doubt = _uncertainty(context, reward_model, reference, step)
-            figures = _record(context, writer, step, doubt, prompts)
-            stage.advance(
-                step.number,
-                score=figures["score/mean"],
-                kl=figures["kl/reference_per_sequence"],
-                length=figures["length/mean"],
-            )
-            _look(context, learner, watch, writer, step.state)
-            stopping = context.interrupt.requested
-            if stopping or step.state.step % recipe.checkpoint.every == 0 or step.state.step == total:
-                writer.flush()  # what a checkpoint says is done must be on disk
-                place = context.run.checkpoint(step.state.step)
-                checkpoint.save(place, learner, step.state, keep=recipe.checkpoint.keep)
-            if step.state.step < total:
-                context.interrupt.check(f"policy step {step.state.step}")
-    save_model(learner.policy, context.tokenizer, context.run.models / "policy")
+
+    def record(writer: TraceWriter, step: Step) -> dict[str, float]:
+        doubt = _uncertainty(context, reward_model, reference, step)
+        return _record(context, writer, step, doubt, prompts, original)
+
+    follow(context, learner, watch, state, steps, record)
 
 
-def _models(context: Context) -> tuple[Learner, Any, RewardModel]:
-    """The learner, the frozen reference and the reward model."""
+def _critic(context: Context, reward_model: RewardModel, terminal: tuple[str, ...]) -> Critic | None:
+    """A critic for the methods that ask one; its first head starts as the score where that is in the score's unit."""
     settings = context.recipe.policy
-    policy = context.policy(context.run.models / "sft")
-    reference = context.policy(context.run.models / "sft").requires_grad_(False)
-    reward_model = load_reward_model(context.run.models / "reward")
-    scalar = settings.critic == "scalar"
-    heads = (SCALAR_CRITIC,) if scalar else channel_names(("score", *context.rules))
-    critic = Critic.from_reward_model(reward_model, heads, None if scalar else heads.index("score"))
-    learner = Learner(
-        policy,
-        torch.optim.Adam(policy.parameters(), lr=settings.lr, eps=ADAM_EPSILON),
-        critic,
-        torch.optim.Adam(critic.parameters(), lr=settings.critic_lr, eps=ADAM_EPSILON),
+    if settings.method not in METHODS or METHODS[settings.method].baseline is not None:
+        return None
+    if settings.critic == "scalar":
+        return Critic.from_reward_model(reward_model, (SCALAR_CRITIC,), None)
+    heads = channel_names(terminal)
+    known = heads.index("score") if settings.score_normalisation == "frozen" else None
+    return Critic.from_reward_model(reward_model, heads, known)
+
+
+def _rewarders(context: Context, reward_model: RewardModel, reference: Any, prompts: list[str]) -> dict[str, Rewarder]:
+    """Every terminal reward of the run by channel: the score, the recipe's rules, and what shapes the responses."""
+    settings = context.recipe.policy
+    draw = partial(seeded, context.recipe.seed, "reference answer")
+    answers = ReferenceAnswers(context.engine, reference, context.sampling, draw)
+    shaping = shaping_rewarders(
+        overlong=settings.overlong_penalty,
+        target=settings.target_penalty,
+        repetition=settings.repetition_penalty,
+        budget=settings.max_new_tokens,
+        buffer=settings.overlong_buffer,
+        answers=answers,
     )
-    return learner, reference, reward_model
+
+    def score(rollouts: Rollouts) -> Opinion:
+        return _clipped(judge(reward_model, rollouts), settings.score_clip)
+
+    compared = above_reference(score, answers) if settings.score_normalisation == "prompt" else score
+    return {"score": compared, **_rules(context, prompts), **shaping}
 
 
 def _rules(context: Context, prompts: list[str]) -> dict[str, Rewarder]:
@@ -138,17 +145,77 @@ def _clipped(opinion: Opinion, limit: float) -> Opinion:
     return replace(opinion, score=torch.where(score.isfinite(), clip_scores(score, limit), score))
 
 
-def _settings(context: Context) -> PolicySettings:
-    policy = context.recipe.policy
+def controllers(kl: Kl) -> Controllers:
+    """What sets beta, for all prompts or for each tercile of the reference's answer length."""
+    modes: dict[str, Controller] = {
+        "fixed": Fixed(kl.beta),
+        "adaptive": Adaptive(kl.beta, kl.target, kl.horizon),
+        "lagrangian": Lagrangian(kl.beta, kl.target, kl.rate),
+        "pid": Pid(kl.beta, kl.target, kl.proportional, kl.integral, kl.derivative),
+    }
+    return Controllers.of(modes[kl.mode], kl.budgets)
+
+
+def _tie(context: Context, reference: Any, pool: Prompts) -> Tie:
+    """The reference, the budget group of each prompt, and what happens at the limit."""
+    recipe, kl = context.recipe, context.recipe.policy.kl
+    tiers = _tiers(context, reference, pool) if kl.budgets is not None else None
+    if kl.limit is None:
+        return Tie(reference, tiers)
+    if kl.at_limit == "stop":
+        return Tie(reference, tiers, stop=Stop(kl.limit))
+    check = exact_check(
+        reference,
+        lambda step: prompt_batch(pool, recipe.policy.prompts_per_step, 1, seed_of(recipe.seed, "kl check"), step),
+        context.engine,
+        context.sampling,
+        recipe.seed,
+        microbatch=recipe.policy.microbatch,
+    )
+    return Tie(reference, tiers, guard=Guard(kl.limit, kl.at_limit, check=check, every=recipe.checkpoint.every))
+
+
+def _tiers(context: Context, reference: Any, pool: Prompts) -> Tensor:
+    """[prompts] 0 where the reference answers most briefly of all, 2 where at most length."""
+    generator = seeded(context.recipe.seed, "usual length")
+    answers = context.engine.generate(reference, pool, context.sampling, generator)
+    return terciles(answers.lengths.float())
+
+
+def _mix(context: Context, settings: PolicySettings) -> Callable[[int], Callable[[int, int], Rollouts]] | None:
+    """The demonstrations beside the policy's loss, by step, where they weigh anything."""
+    if not settings.update.mix_weight:
+        return None
+    if not context.task.demonstrations.rows:
+        what = "there are no demonstrations to mix in"
+        raise InputError(Problem("policy.pretraining_mix", what, "name data.demonstrations, or set it to 0"))
+    shown = context.encode_demonstrations(context.task.demonstrations)
+    size = context.recipe.sft.batch_size
+    return Mix(shown, size, settings.update.epochs, settings.update.minibatches, context.recipe.seed).at
+
+
+def policy_settings(context: Context) -> PolicySettings:
+    """The numbers of the loop."""
+    policy, kl = context.recipe.policy, context.recipe.policy.kl
+    method = METHODS.get(policy.method, PPO)
+    in_loss = kl.place == "loss"
     return PolicySettings(
         steps=policy.steps,
         sampling=context.sampling,
-        ppo=PpoSettings(
-            epochs=policy.epochs,
-            minibatches=policy.minibatches,
-            clip=policy.clip,
+        update=UpdateSettings(
+            # An unclipped ratio bears one step a batch.
+            epochs=policy.epochs if method.clipped else 1,
+            minibatches=policy.minibatches if method.clipped else 1,
+            clip=policy.clip if method.clipped else math.inf,
+            clip_high=policy.clip_high,
+            dual_clip=policy.dual_clip,
+            aggregation=policy.aggregation or method.aggregation,
+            budget=policy.max_new_tokens,
+            importance_cap=policy.importance_cap,
+            kl_loss=(kl.estimator or "k2") if in_loss else None,
             value_clip=policy.value_clip,
             entropy_bonus=policy.entropy_bonus,
+            mix_weight=policy.pretraining_mix,
             max_grad_norm=policy.max_grad_norm,
             temperature=policy.temperature,
             microbatch=policy.microbatch,
@@ -158,6 +225,9 @@ def _settings(context: Context) -> PolicySettings:
             **{name: rule.weight for name, rule in context.recipe.rewards.items()},
             "length": -policy.length_penalty,
             "missing_eos": -policy.missing_eos_penalty,
+            "overlong": -policy.overlong_penalty,
+            "over_target": -policy.target_penalty,
+            "repetition": -policy.repetition_penalty,
         },
         gamma=policy.gamma,
         lam=policy.lam,
@@ -166,31 +236,11 @@ def _settings(context: Context) -> PolicySettings:
         seed=context.recipe.seed,
         eos_id=context.eos_id,
         final_lr=policy.final_lr,
+        method=method,
+        kl_estimator=k1 if in_loss else ESTIMATORS[kl.estimator or "k1"],
+        reference_every=policy.reference_every,
+        label_smoothing=policy.label_smoothing,
     )
-
-
-def _watch(context: Context, reference: Any, reward_model: RewardModel) -> Watch:
-    score = partial(scores, reward_model)
-    judge = Judge(context.engine, context.sampling, score, context.text, context.eos_id, context.task.truth)
-    texts = context.task.evaluation.rows
-    prompts = context.encode_prompts(texts)
-    samples = context.recipe.evaluate.reference_samples
-    fixed = prepare(reference, judge, texts, prompts, samples, seeded(context.recipe.seed, "reference answers"))
-    return Watch(judge, fixed, prepare_probes(context, reference, judge), _anchor(context), reference)
-
-
-def _anchor(context: Context) -> Rollouts | None:
-    """Held-out text whose likelihood must not suffer: the recipe's plain text, else held-out demonstrations."""
-    task = context.task
-    if task.text:
-        room = context.recipe.model.context - 1
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        rows = [context.tokenizer(text, **options)["input_ids"][:room] for text in task.text]
-        bos = context.tokenizer.bos_token_id
-        opening = [context.eos_id if bos is None else bos]
-        kept = [row for row in rows if row]
-        return as_rollouts([opening] * len(kept), kept, context.pad_id)
-    return context.encode_demonstrations(task.held_out) if task.held_out.rows else None
 
 
 def _uncertainty(context: Context, reward_model: RewardModel, reference: Any, step: Step) -> Uncertainty:
@@ -206,65 +256,43 @@ def _uncertainty(context: Context, reward_model: RewardModel, reference: Any, st
 
 
 def _record(
-    context: Context, writer: TraceWriter, step: Step, doubt: Uncertainty, prompts: list[str]
+    context: Context, writer: TraceWriter, step: Step, doubt: Uncertainty, prompts: list[str], original: Any
 ) -> dict[str, float]:
-    """Metrics, trace rows and timings of one step; returns the metrics."""
+    """Metrics, trace rows, events and timings of one step; returns the metrics."""
     began = time.perf_counter()
-    figures = step_metrics(step, doubt)
-    rollouts = step.experience.scored.rollouts
-    policy, keep_text = context.recipe.policy, context.recipe.trace.text != "none"
+    scored = step.experience.scored
+    rollouts = scored.rollouts
+    since = sequence_kl(
+        original,
+        rollouts,
+        scored.old.logprobs,
+        temperature=context.recipe.policy.temperature,
+        eos_id=context.eos_id,
+        microbatch=context.recipe.policy.microbatch,
+    )
+    figures = step_metrics(step, doubt) | {"kl/original_per_sequence": float(since.mean())}
+    keep_text = context.recipe.trace.text != "none"
     writer.write_step(
         step_record(
             step,
             doubt,
-            gamma=policy.gamma,
-            lam=policy.lam,
             prompts=[prompts[group] for group in rollouts.group_id.tolist()] if keep_text else None,
             responses=context.text(rollouts) if keep_text else None,
         )
     )
-    context.metric("policy", step.number, figures)
+    if step.number == 0:
+        for name, constant in constant_token_rewards(step.experience).items():
+            context.event("policy", 0, "length_reward", constant_words(name, constant))
+    if step.verdict is not None and step.verdict.outcome != "kept":
+        context.event("policy", step.number, step.verdict.outcome, step.verdict.sentence)
     seconds = step.seconds | {"trace_s": time.perf_counter() - began}
     append_json(context.run.timings, {"stage": "policy", "step": step.number, **seconds})
     return figures
 
 
-def _look(context: Context, learner: Learner, watch: Watch, writer: TraceWriter, state: State) -> None:
-    """Evaluate and probe the policy where the recipe says so, and at both ends."""
-    recipe, at = context.recipe, state.step
-    ends = at in (0, recipe.policy.steps)
-    if watch.probes is not None and (ends or at % recipe.trace.probes_every == 0):
-        writer.write_probes(watch.probes.record(learner.policy, watch.judge, at, state.controller.beta))
-    if not ends and at % recipe.evaluate.every:
-        return
-    generator = seeded(recipe.seed, "evaluation")  # the same draws at every step: what differs is the policy
-    found = evaluate(learner.policy, watch.reference, watch.judge, watch.fixed, generator)
-    asked = [prompt_text(text) for text in watch.fixed.texts]
-    for name, rule in context.rules.items():
-        found.metrics[f"evaluation/rewards/{name}"] = float(rule(asked, found.texts).mean())
-    if watch.anchor is not None:
-        loss, accuracy = heldout_loss(learner.policy, watch.anchor)
-        found.metrics.update({"evaluation/anchor_loss": loss, "evaluation/anchor_accuracy": accuracy})
-    context.metric("evaluation", at, found.metrics)
-    if found.truth:
-        context.run.truth.parent.mkdir(exist_ok=True)
-        append_json(context.run.truth, {"step": at, **found.truth})
-    if ends:
-        writer.write_samples(_samples(context, watch.fixed, found, at))
-
-
-def _samples(context: Context, fixed: EvaluationSet, found: Evaluation, step: int) -> SampleRecord:
-    rows = list(zip(found.rollouts.response_ids, found.rollouts.response_mask, found.token_kl, strict=True))
-    return SampleRecord(
-        step=step,
-        prompt=[prompt_text(prompt) for prompt in fixed.texts],
-        response=found.texts,
-        reference_response=fixed.answer_texts,
-        response_tokens=[context.pieces(ids[mask]) for ids, mask, _ in rows],
-        token_kl=[kl[mask].tolist() for _, mask, kl in rows],
-        score=found.scores.tolist(),
-        reference_score=fixed.answer_scores.tolist(),
-        length=found.rollouts.lengths.tolist(),
-        reference_length=fixed.usual_length.tolist(),
-        tercile=fixed.tercile.tolist(),
-    )
+_STAGES: dict[str, Callable[[Context], None]] = {
+    "dpo": directly_optimised,
+    "ipo": directly_optimised,
+    "best_of_n": best_of,
+}
+_LOOPS: dict[str, Callable[..., Iterator[Step]]] = {"online_dpo": train_online, "rejection": train_rejection}

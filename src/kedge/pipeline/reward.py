@@ -37,7 +37,7 @@ def rewarded(context: Context) -> None:
     policy = context.policy(context.run.models / "sft")
     given = context.task.judgments
     rows = given.rows if given is not None else _labelled_pairs(context, policy)
-    training, testing = _sides(context, rows)
+    training, testing = sides(context, rows)
     model = _trained(context, policy, training, kind_of(rows[0]))
     model = _calibrated(context, policy, model)
     model = replace(model, support=fit_support(model, training.responses, testing.responses))
@@ -45,8 +45,8 @@ def rewarded(context: Context) -> None:
     save_reward_model(model, context.tokenizer, context.run.models / "reward")
 
 
-def _sides(context: Context, rows: Sequence[Judgment]) -> tuple[Judgments, Judgments]:
-    """Judgments to learn from and held-out ones, split by prompt."""
+def sides(context: Context, rows: Sequence[Judgment]) -> tuple[Judgments, Judgments]:
+    """Judgments to learn from and held-out ones, split by prompt; the same for the reward model and for DPO."""
     recipe = context.recipe
     share = max(recipe.reward.holdout, recipe.data.holdout)  # evaluation prompts are not trained on here either
     held_out = [is_held_out(row.prompt, share) for row in rows]
@@ -213,5 +213,5 @@ def _labelled(labeller: Labeller, pairs: Sequence[Pair]) -> list[Preference]:
 
 def _interim(context: Context, policy: Any, rows: Sequence[Preference]) -> RewardModel:
     """A reward model of the pairs so far, asked only which of several answers is best."""
-    training, _ = _sides(context, rows)
+    training, _ = sides(context, rows)
     return _trained(context, policy, training, "pair", interim=True)

@@ -16,6 +16,7 @@ import torch
 from kedge import __version__
 from kedge.errors import DivergenceError, InputError, Interrupted, Problem
 from kedge.pipeline.context import Context
+from kedge.pipeline.direct import require_comparisons
 from kedge.pipeline.policy import optimised
 from kedge.pipeline.reward import rewarded
 from kedge.pipeline.sft import supervised
@@ -59,6 +60,7 @@ def run(
     if start is not None:
         _refuse_start(RunDir(start), recipe)
     inputs = inputs or inputs_of(recipe)
+    require_comparisons(recipe, inputs.task)
     rules = {name: rule_reward(name, rule) for name, rule in recipe.rewards.items()}
     folder = RunDir.create(out, resume=resume)
     _sweep(folder)
@@ -149,6 +151,8 @@ def _start_from(source: RunDir, folder: RunDir) -> None:
     for name in taken:
         for model in source.models.glob(f"{name}*"):  # with earlier checkpoints that sample pairs
             shutil.copytree(model, folder.models / model.name, dirs_exist_ok=True)
+    if "reward" in taken and (source.path / "pairs.jsonl").exists():
+        shutil.copy(source.path / "pairs.jsonl", folder.path)  # DPO learns from them
     for line in read_json_lines(source.metrics):
         if line["stage"] in taken:
             append_json(folder.metrics, line)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,6 +23,9 @@ from kedge.recipe.consistency import inconsistent
 from kedge.recipe.sections import Data, Desk, Recipe, Section
 
 __all__ = ["Data", "Desk", "Key", "Recipe", "Section", "build", "keys", "load", "missing_files", "parse"]
+
+# Keys that hold the path of a model folder, or a word.
+FOLDERS = {"model.init": "scratch", "policy.reference": "sft"}
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,10 @@ def build(given: Mapping[str, Any], overrides: Sequence[str] = (), *, source: st
 def missing_files(recipe: Recipe, source: str = "recipe") -> list[Problem]:
     """What the recipe names that is not on disk."""
     paths = {f"data.{name}": path for name, path in recipe.data if isinstance(path, Path)}
-    if recipe.model.init != "scratch":
-        paths["model.init"] = Path(recipe.model.init)
+    for key, word in FOLDERS.items():
+        section, name = key.split(".")
+        if (given := getattr(getattr(recipe, section), name)) != word:
+            paths[key] = Path(given)
     for name, rule in recipe.rewards.items():
         file = rule.function.rpartition(":")[0]
         if file.endswith(".py"):
@@ -187,7 +193,7 @@ def _anchored(given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         table = settings.get(section)
         if not isinstance(table, dict) or not isinstance(text := table.get(name), str) or not text:
             continue
-        if key.kind is Path or (key.name == "model.init" and text != "scratch"):
+        if key.kind is Path or (key.name in FOLDERS and text != FOLDERS[key.name]):
             settings[section] = {**table, name: str((folder / Path(text).expanduser()).absolute())}
     rules = settings.get("rewards")
     return {**settings, "rewards": _anchored_rules(rules, folder)} if isinstance(rules, dict) else settings
@@ -262,16 +268,40 @@ def _keys(section: type[BaseModel], start: str) -> Iterator[Key]:
         elif get_origin(kind) is dict:
             yield from _keys(get_args(kind)[1], f"{start}{name}.NAME.")
         else:
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            plain = str if choices else kind if isinstance(kind, type) else Path
-            allowed = " or ".join(f'"{choice}"' for choice in choices) or _allowed(plain, field.metadata)
+            plain, choices, rules = _value(kind)
+            allowed = " or ".join(f'"{choice}"' for choice in choices) or _allowed(plain, [*rules, *field.metadata])
             default = None if field.is_required() else field.default
             yield Key(start + name, plain, allowed, default, field.description or "")
 
 
+def _value(kind: Any) -> tuple[type, tuple[str, ...], list[Any]]:
+    """The type of a key's value, the choices and the constraints, of an annotation that may be optional."""
+    if get_origin(kind) is Literal:
+        return str, get_args(kind), []
+    if get_origin(kind) is Annotated:
+        inner, *metadata = get_args(kind)
+        plain, choices, rules = _value(inner)
+        return plain, choices, [*rules, *(rule for one in metadata for rule in getattr(one, "metadata", [one]))]
+    if get_origin(kind) is tuple:
+        return tuple, (), _value(get_args(kind)[0])[2]
+    if get_origin(kind) in (Union, UnionType):
+        return _value(next(part for part in get_args(kind) if part is not type(None)))
+    return kind, (), []
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    tuple: "a list of three numbers",
+}
+
+
 def _allowed(kind: type, metadata: Sequence[Any]) -> str:
     """What a value may be, in words, from its type and its constraints."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
+    words = _WORDS[kind]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [
         f"{sign} {bound}"

@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from kedge.recipe.methods import bad_policy
 from kedge.recipe.sections import Data, Desk, Recipe, Rule
 
-RESERVED = ("score", "kl", "length", "missing_eos", "critic", "whitening")
+RESERVED: tuple[str, ...] = ("score", "kl", "length", "missing_eos", "critic", "choice", "whitening")
+RESERVED += ("overlong", "over_target", "repetition")
 # The first one is needed.
 _KEYS_OF_RULES = {"python": ("function",), "regex": ("pattern",), "http": ("url", "timeout", "retries")}
 
@@ -19,13 +21,7 @@ def inconsistent(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     yield from _bad_sizes(recipe)
     yield from _bad_world(recipe)
     yield from _bad_reward(recipe)
-    episodes = recipe.policy.prompts_per_step * recipe.policy.samples_per_prompt
-    if recipe.policy.kl.mode == "adaptive" and recipe.policy.kl.horizon <= 0.2 * episodes:
-        what = f"{recipe.policy.kl.horizon:g} is too short for {episodes} responses a step: beta would turn negative"
-        yield "policy.kl.horizon", what, f"use more than {0.2 * episodes:g}, such as 10000"
-    if recipe.policy.kl.mode == "adaptive" and recipe.policy.kl.beta == 0:
-        what = "0 stays 0 in adaptive mode, which multiplies it"
-        yield "policy.kl.beta", what, "start above 0, such as 0.05"
+    yield from bad_policy(recipe)
 
 
 def _bad_sizes(recipe: Recipe) -> Iterator[tuple[str, str, str]]:

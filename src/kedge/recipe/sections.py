@@ -148,20 +148,44 @@ class Reward(Section):
 
 
 class Kl(Section):
-    """How the policy is tied to the reference: k1 per token in the reward, coefficient in reward per nat."""
+    """How the policy is tied to the reference: where its divergence counts, how it is estimated, and how much."""
 
-    mode: Literal["fixed", "adaptive"] = Field("fixed", description="keep beta, or steer it to the target")
-    beta: NonNegative = Field(0.05, description="reward per nat; where an adaptive beta starts")
-    target: Positive = Field(6.0, description="adaptive: nats per sequence")
+    place: Literal["reward", "loss"] = Field("reward", description="a channel of the reward, or a term of the loss")
+    estimator: Literal["k1", "k2", "k3", "abs", "full"] | None = Field(
+        None, description="k1 in the reward and k2 of the sequence in the loss if absent; full: over the vocabulary"
+    )
+    study: bool = Field(False, description="let estimators pass that do not hold the policy, to study them")
+    mode: Literal["fixed", "adaptive", "lagrangian", "pid"] = Field(
+        "fixed", description="keep beta, or steer the divergence to the target"
+    )
+    beta: NonNegative = Field(
+        0.05, description="reward per nat; where a steered beta starts; the strength of dpo, online_dpo and ipo"
+    )
+    target: Positive = Field(6.0, description="nats per sequence that a steered beta aims at")
     horizon: Positive = Field(10000.0, description="adaptive: episodes over which a saturated error moves beta by 20%")
+    rate: Positive = Field(0.1, description="lagrangian: change of log beta per step and relative error")
+    proportional: NonNegative = Field(0.1, description="pid: beta per relative error")
+    integral: NonNegative = Field(0.02, description="pid: beta per relative error, summed over steps")
+    derivative: NonNegative = Field(0.0, description="pid: beta per rise of the relative error in a step")
+    limit: Positive | None = Field(None, description="nats per sequence that the policy never passes; none if absent")
+    at_limit: Literal["stop", "reject", "rollback"] = Field(
+        "reject", description="then leave out the step's remaining updates, undo it, or go back to a checkpoint"
+    )
+    budgets: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = Field(
+        None, description="shares of the target by the reference's length: brief, middling, long; beta is over them"
+    )
 
 
 class Policy(Section):
-    """PPO against the reward model."""
+    """Optimisation of the policy against the reward model."""
 
+    method: Literal[
+        "ppo", "a2c", "reinforce", "rloo", "grpo", "dr_grpo", "reinforce_pp",
+        "dpo", "ipo", "online_dpo", "rejection", "best_of_n",
+    ] = Field("ppo", description="the optimiser")  # fmt: skip
     steps: Count = Field(36, description="rounds of sampling, scoring and updating")
-    prompts_per_step: Count = Field(96, description="prompts sampled in each step")
-    samples_per_prompt: Count = Field(1, description="responses per prompt")
+    prompts_per_step: Count = Field(96, description="prompts sampled in each step; dpo, ipo: pairs")
+    samples_per_prompt: Count = Field(1, description="responses per prompt; a group, where the method compares them")
     max_new_tokens: Count = Field(48, description="token budget of a response")
     temperature: Positive = Field(1.0, description="divides the logits, in sampling and in every log-probability")
     epochs: Count = Field(2, description="passes over the responses of a step")
@@ -171,17 +195,45 @@ class Policy(Section):
     critic_lr: Positive = Field(1e-3, description="learning rate of the critic")
     final_lr: Share = Field(0.1, description="both rates at the last step, as a share; linear in between")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
+    lora_rank: Natural = Field(0, description="rank of adapters that learn in the weights' place; 0 trains the weights")
+    reference: Annotated[str, Field(min_length=1)] = Field(
+        "sft", description="what the policy is tied to: `sft`, the supervised policy, or the path of a model folder"
+    )
+    reference_every: Natural = Field(0, description="steps after which the policy becomes the reference; 0 never")
     gamma: Share = Field(1.0, description="discount per token")
     lam: Share = Field(0.95, description="lambda of generalised advantage estimation")
     clip: Positive = Field(0.2, description="how far the probability ratio may leave 1 before its gradient stops")
+    clip_high: Positive | None = Field(None, description="the same above 1; as `clip` if absent")
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        None, description="ratio beyond which a negative advantage pulls no more; never if absent"
+    )
+    aggregation: Literal["token_mean", "sequence_sum", "sequence_mean", "constant"] | None = Field(
+        None, description="how token losses become one; the method's own if absent"
+    )
+    importance_cap: Positive | None = Field(
+        None, description="truncated importance weights of a sampler that differs from the learner; none if absent"
+    )
     value_clip: Positive = Field(1.0, description="standard deviations of the return")
     entropy_bonus: NonNegative = Field(0.0, description="loss weight per nat per token")
+    pretraining_mix: NonNegative = Field(0.0, description="loss weight of the demonstrations' likelihood (PPO-ptx)")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] = Field(
+        0.0, description="dpo, online_dpo: share of labels taken to be flipped"
+    )
     whiten: bool = Field(True, description="shift and scale advantages to mean 0, variance 1 over the batch")
     critic: Literal["channels", "scalar"] = Field("channels", description="one head per reward channel, or one in all")
     critic_warmup: Natural = Field(0, description="first steps in which only the critic learns")
+    score_normalisation: Literal["frozen", "running", "prompt"] = Field(
+        "frozen", description="the score's unit: the reference's answers, all so far, or above its answer to the prompt"
+    )
     score_clip: Positive = Field(10.0, description="normalised score units")
     missing_eos_penalty: NonNegative = Field(1.0, description="reward taken from a response that never ends")
     length_penalty: NonNegative = Field(0.0, description="reward taken per response token")
+    target_penalty: NonNegative = Field(
+        0.0, description="reward taken per token beyond the reference's own answer to the prompt"
+    )
+    overlong_penalty: NonNegative = Field(0.0, description="reward taken at the token budget, linear over the buffer")
+    overlong_buffer: Count = Field(8, description="last tokens of the budget, over which overlong_penalty grows")
+    repetition_penalty: NonNegative = Field(0.0, description="reward taken if every four tokens have come before")
     kl: Kl = Kl()
 
 

@@ -44,6 +44,8 @@ def _metrics(stage: str, *rows: tuple[str, str, str, str]) -> tuple[Metric, ...]
 _RESPONSES = "mean over responses"
 _TOKENS = "mean over response tokens"
 _MINIBATCHES = "mean over minibatches"
+_PAIRS = "mean over the step's pairs, each before its optimiser step"
+_HELD_OUT = "mean over held-out pairs"
 _PROMPTS = "mean over evaluation prompts"
 _TERCILE = "mean over the prompts of tercile i (0: the reference is briefest)"
 
@@ -80,12 +82,18 @@ METRICS: tuple[Metric, ...] = (
             "reward-model score before any penalty, held within policy.score_clip",
         ),
         ("score/std", "normalised score", "standard deviation over responses", "spread of the score"),
+        ("score/running_deviation", "normalised score", "over all scores so far", "what a running score is divided by"),
         ("rewards/<channel>/mean", "the rule's own", _RESPONSES, "a rule's number, held within its clip"),
         ("rewards/<channel>/std", "the rule's own", "standard deviation over responses", "spread of that number"),
         ("kl/reference_per_sequence", "nats per response", _RESPONSES, "k1: sum_t log pi_old - log pi_ref"),
         ("kl/reference_per_token", "nats per token", _TOKENS, "k1: log pi_old - log pi_ref"),
         ("kl/reference_per_sequence_k3", "nats per response", _RESPONSES, "k3: sum_t exp(-k1) - 1 + k1"),
+        ("kl/original_per_sequence", "nats per response", _RESPONSES, "k1 against the supervised policy"),
         ("kl/beta", "reward per nat", "one value", "coefficient of the KL penalty in force"),
+        ("kl/check", "nats per response", "mean over fresh responses", "exact KL of every next token, after the update"),
+        ("kl/check_error", "nats per response", "standard error over them", "of `kl/check`"),
+        ("kl/rejected", "updates", "one value", "taken back so far because they went past policy.kl.limit"),
+        ("kl/branch", "returns", "one value", "returns so far to a policy inside policy.kl.limit"),
         ("kl/sampler_gap", "nats per token", _TOKENS, "|log behaviour - log pi_old|; 0 if sampler and learner agree"),
         ("entropy/per_token", "nats per token", _TOKENS, "-sum_v pi(v) log pi(v), sampling temperature"),
         ("length/mean", "tokens", _RESPONSES, "tokens the policy produced, EOS included"),
@@ -94,12 +102,33 @@ METRICS: tuple[Metric, ...] = (
         ("advantage/mean", "reward", _TOKENS, "sum_c w_c A_c before whitening"),
         ("advantage/std", "reward", "standard deviation over response tokens", "sum_c w_c A_c before whitening"),
         ("policy/loss", "1", _MINIBATCHES, "minus the clipped surrogate, entropy bonus not included"),
+        ("policy/kl_loss", "1", _MINIBATCHES, "KL term of the loss, coefficient included; 0 where KL is in the reward"),
+        ("policy/mix_loss", "nats per token", _MINIBATCHES, "-log pi(token) of the demonstrations mixed in"),
+        ("policy/left_out", "optimiser steps", "one value", "left out because the policy was past policy.kl.limit"),
         ("policy/approx_kl", "nats per token", _MINIBATCHES, "k3 of the old against the new policy"),
         ("policy/clip_fraction", "share", _MINIBATCHES, "tokens whose ratio the clip holds"),
         ("policy/ratio_max", "1", "largest over minibatches", "max_t pi_new / pi_old"),
         ("policy/first_ratio_error", "1", "first minibatch of the step", "mean |pi_new / pi_old - 1|, 0 when sound"),
         ("policy/grad_norm", "1", _MINIBATCHES, "policy gradient norm before clipping"),
         ("critic/grad_norm", "1", _MINIBATCHES, "critic gradient norm before clipping"),
+        ("direct/loss", "1", _MINIBATCHES, "loss of the pairs, as ops/direct.py says"),
+        ("direct/accuracy", "share", _PAIRS, "log pi / pi_ref is larger for chosen than for rejected, ties half"),
+        ("direct/margin", "nats per response", _PAIRS, "log pi / pi_ref of chosen, minus that of rejected"),
+        ("direct/chosen", "nats per response", _PAIRS, "log pi / pi_ref; below 0 chosen answers become less likely"),
+        ("direct/rejected", "nats per response", _PAIRS, "log pi / pi_ref"),
+        ("direct/heldout_loss", "1", _HELD_OUT, "`direct/loss` on held-out prompts, at each evaluation"),
+        ("direct/heldout_accuracy", "share", _HELD_OUT, "`direct/accuracy` on held-out prompts, at each evaluation"),
+        ("direct/heldout_margin", "nats per response", _HELD_OUT, "`direct/margin` on held-out prompts"),
+        ("direct/heldout_chosen", "nats per response", _HELD_OUT, "`direct/chosen` on held-out prompts"),
+        ("direct/heldout_rejected", "nats per response", _HELD_OUT, "`direct/rejected` on held-out prompts"),
+        ("choice/groups", "prompts", "one value", "prompts whose answers were not all worth the same"),
+        (
+            "choice/reward_kept",
+            "reward",
+            "mean over those prompts",
+            "sum_c w_c sum_t r_c of the best answer, KL left out",
+        ),
+        ("choice/loss", "nats per token", _MINIBATCHES, "-log pi(token) of the answers kept"),
         (
             "value/loss.<head>",
             "1",

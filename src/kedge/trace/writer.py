@@ -44,7 +44,7 @@ class StepRecord:
     channels: tuple[str, ...]
     gamma: float
     lam: float
-    critic: str  # "channels" or "scalar"
+    critic: str  # "channels", "scalar", or "none" where values are a baseline
     group: Array  # [B]
     prompt_ids: Array  # [B, P]
     prompt_mask: Array  # [B, P] bool
@@ -62,8 +62,8 @@ class StepRecord:
     rewards: Array  # [B, T, C] channel units
     values: Array  # [B, T, C] channel units
     weights: Array  # [B, C] reward per channel unit
-    shift: float  # reward
-    scale: float  # reward
+    shift: Array  # [B] reward
+    scale: Array  # [B] reward
     advantage: Array  # [B, T]
     prompts: Texts = None  # [B] texts
     responses: Texts = None  # [B] texts
@@ -77,7 +77,7 @@ class StepRecord:
         shapes = {
             **dict.fromkeys(("response_mask", "active", "advantage", *TOKEN_FLOATS), (batch, length)),
             **dict.fromkeys(("rewards", "values"), (batch, length, width)),
-            **dict.fromkeys(("group", "ended"), (batch,)),
+            **dict.fromkeys(("group", "ended", "shift", "scale"), (batch,)),
             "weights": (batch, width),
             "prompt_mask": self.prompt_ids.shape,
             "members": (batch, self.member_count),
@@ -235,8 +235,8 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
         "ended": record.ended.astype(bool),
         "active": _ragged(record.active.astype(bool), context, pa.bool_()),
         **{name: _ragged(getattr(record, name), context, pa.float32()) for name in TOKEN_FLOATS},
-        "shift": np.full(batch, record.shift),
-        "scale": np.full(batch, record.scale),
+        "shift": record.shift,
+        "scale": record.scale,
         "advantage_sum": advantage.sum(axis=1),
         "advantage_abs_sum": np.abs(advantage).sum(axis=1),
         **{name: _nullable(getattr(record, name)) for name in TRUST},

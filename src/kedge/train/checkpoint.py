@@ -9,27 +9,36 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kedge.errors import InputError, Problem
-from kedge.train.controller import KlController
+from kedge.train.controller import Controllers
+from kedge.train.limit import Past
+from kedge.train.normalise import RunningScore
+from kedge.train.snapshot import restore, snapshot
 from kedge.train.update import Learner
+
+HELD = "held/"  # before the names of the tensors that a rollback returns to
 
 
 @dataclass(frozen=True)
 class State:
-    """What the policy loop carries from step to step, beside the learner: the next step, beta, return statistics."""
+    """What the policy loop carries from step to step, beside the learner.
+
+    The next step, what sets beta, the statistics of returns and scores, and what the guard at the limit did so far.
+    """
 
     step: int
-    controller: KlController
+    controller: Controllers
     return_variance: Tensor | None = None  # [heads], running; None before the first batch
+    score: RunningScore | None = None  # None where the score has another unit than that of all scores so far
+    past: Past = Past()  # noqa: RUF009 - frozen
 
 
 def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
@@ -39,10 +48,10 @@ def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    tensors = _tensors(learner)
+    tensors = snapshot(learner) | {HELD + name: tensor for name, tensor in state.past.held.items()}
     if state.return_variance is not None:
         tensors["return_variance"] = state.return_variance
-    record = {"step": state.step, "seed_scheme": "sha256(seed/purpose/step)", "controller": asdict(state.controller)}
+    record = _record(state)
     try:
         partial.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
@@ -69,44 +78,35 @@ def load(folder: Path, learner: Learner) -> State:
     try:
         record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
-        controller = KlController(**record["controller"])
-        _restore(learner, {name: tensor.clone() for name, tensor in tensors.items()})
+        state = _state(record, tensors)
+        restore(learner, tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         what = f"the checkpoint cannot be used: {error}"
         raise InputError(Problem(str(folder), what, "remove this folder to go on from the one before")) from error
-    return State(int(record["step"]), controller, tensors.get("return_variance"))
+    return state
 
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("step-*/state.json")) if folder.exists() else []
 
 
-def _parts(learner: Learner) -> dict[str, tuple[Any, torch.optim.Optimizer]]:
-    parts: dict[str, tuple[Any, torch.optim.Optimizer]] = {"policy": (learner.policy, learner.optimizer)}
-    if learner.critic is not None and learner.critic_optimizer is not None:
-        parts["critic"] = (learner.critic, learner.critic_optimizer)
-    return parts
+def _record(state: State) -> dict[str, Any]:
+    """All of the state but its tensors, for JSON."""
+    return {
+        "step": state.step,
+        "seed_scheme": "sha256(seed/purpose/step)",
+        "controller": state.controller.record(),
+        "score": None if state.score is None else state.score.record(),
+        "limit": {"rejected": state.past.rejected, "branch": state.past.branch, "held_step": state.past.held_step},
+    }
 
 
-def _tensors(learner: Learner) -> dict[str, Tensor]:
-    """Weights, buffers and optimiser moments by name; tied weights once."""
-    tensors: dict[str, Tensor] = {}
-    for part, (model, optimizer) in _parts(learner).items():
-        named = dict(model.named_parameters()) | dict(model.named_buffers())
-        tensors |= {f"{part}/{name}": tensor.detach().clone() for name, tensor in named.items()}
-        for index, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"{part}.optimizer/{index}/{name}": moment for name, moment in moments.items()}
-    return tensors
-
-
-@torch.no_grad()
-def _restore(learner: Learner, tensors: dict[str, Tensor]) -> None:
-    for part, (model, optimizer) in _parts(learner).items():
-        for name, tensor in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
-            tensor.copy_(tensors[f"{part}/{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(f"{part}.optimizer/"):
-                _, index, name = key.split("/")
-                moments.setdefault(int(index), {})[name] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+def _state(record: dict[str, Any], tensors: dict[str, Tensor]) -> State:
+    held = {name.removeprefix(HELD): tensor for name, tensor in tensors.items() if name.startswith(HELD)}
+    return State(
+        int(record["step"]),
+        Controllers.from_record(record["controller"]),
+        tensors.get("return_variance"),
+        None if record["score"] is None else RunningScore.from_record(record["score"]),
+        Past(**record["limit"], held=held),
+    )

@@ -1,24 +1,33 @@
-"""Proximal policy optimisation against a reward model, tied to a frozen reference: the loop, read top to bottom."""
+"""On-policy optimisation against a reward model, tied to a reference: the loop, read top to bottom.
+
+PPO, A2C, REINFORCE, RLOO, GRPO, Dr. GRPO and REINFORCE++ differ in their `Method` alone.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kedge.errors import DivergenceError, InputError, Problem
+from kedge.ops.kl import k1
 from kedge.ops.masked import masked_mean, masked_variance
+from kedge.ops.rewards import Estimator
 from kedge.rollout.engine import RolloutEngine
 from kedge.rollout.score import Rewarder, score_rollouts
-from kedge.structs import Experience, Prompts, Sampling, ScoredRollouts, UpdateStats
+from kedge.structs import Experience, Prompts, Rollouts, Sampling, ScoredRollouts, UpdateStats
 from kedge.train.checkpoint import State
-from kedge.train.experience import make_experience
+from kedge.train.experience import channel_names, make_experience
+from kedge.train.limit import Guard, Verdict
+from kedge.train.methods import PPO, Method
+from kedge.train.normalise import in_running_unit
+from kedge.train.ranks import across_ranks
 from kedge.train.schedule import seeded
-from kedge.train.update import Learner, PpoSettings, update
+from kedge.train.update import Learner, Mix, Stop, UpdateSettings, update
 
 RETURN_VARIANCE_DECAY = 0.9
 RATIO_TOLERANCE = 1e-3  # rounding stays below 1e-5 in float32
@@ -30,8 +39,8 @@ class PolicySettings:
 
     steps: int
     sampling: Sampling
-    ppo: PpoSettings
-    weights: dict[str, float]
+    update: UpdateSettings
+    weights: Mapping[str, float]
     gamma: float
     lam: float
     whiten: bool
@@ -39,6 +48,10 @@ class PolicySettings:
     seed: int
     eos_id: int
     final_lr: float = 1.0  # learning rates at the last step over those at the first
+    method: Method = PPO
+    kl_estimator: Estimator = k1  # of the reward's channel
+    reference_every: int = 0  # steps after which the policy becomes the reference; 0 never
+    label_smoothing: float = 0.0  # of online DPO
 
 
 @dataclass(frozen=True)
@@ -46,76 +59,133 @@ class Step:
     """One pass of the loop: what was drawn, what it was worth, what the optimiser did, and the seconds it took."""
 
     number: int
-    beta: float
+    beta: float  # mean over the responses, reward per nat
     experience: Experience
     stats: UpdateStats
     state: State  # after the step
     seconds: dict[str, float]
+    verdict: Verdict | None = None  # of the guard at the limit
+    figures: Mapping[str, float] = field(default_factory=dict)  # what the method measures beside
+
+
+@dataclass(frozen=True)
+class Tie:
+    """What holds the policy: the reference, each prompt's budget group, and what happens at the limit.
+
+    `tiers` [prompts] numbers the group of each prompt, by its `group_id`; None is one group for all.
+    """
+
+    reference: Any
+    tiers: Tensor | None = None
+    guard: Guard | None = None
+    stop: Stop | None = None
+
+    def tier(self, rollouts: Rollouts) -> Tensor:
+        """[B] the budget group of each response."""
+        return torch.zeros_like(rollouts.group_id) if self.tiers is None else self.tiers[rollouts.group_id]
 
 
 def train_policy(
     learner: Learner,
-    reference: Any,
+    tie: Tie,
     rewarders: dict[str, Rewarder],
     draw: Callable[[int], Prompts],
     engine: RolloutEngine,
     settings: PolicySettings,
     state: State,
+    *,
+    mix: Callable[[int], Mix] | None = None,
 ) -> Iterator[Step]:
     """Run the loop from `state` and yield after every step; learner is changed in place.
 
-    `draw(step)` gives the prompts of a step. Raises `InputError` where a reward is not finite and `DivergenceError`
-    where an update is not.
+    `draw(step)` gives the prompts of a step, `mix(step)` its demonstrations. Raises `InputError` where a reward is not
+    finite and `DivergenceError` where an update is not.
     """
     for number in range(state.step, settings.steps):
-        clock = _Clock()
-        prompts = draw(number)
-        rollouts = engine.generate(
-            learner.policy, prompts, settings.sampling, seeded(settings.seed, "rollout", number), number
-        )
+        clock = Clock()
+        past = state.past
+        if settings.reference_every and number and number % settings.reference_every == 0:
+            tie.reference.load_state_dict(learner.policy.state_dict())
+            past = past.released()
+        random = seeded(settings.seed, "rollout", number)
+        rollouts = engine.generate(learner.policy, draw(number), settings.sampling, random, number)
         clock.lap("generate_s")
-        scored = score_rollouts(
-            rollouts,
-            learner.policy,
-            reference,
-            learner.critic,
-            rewarders,
-            temperature=settings.sampling.temperature,
-            eos_id=settings.eos_id,
-            microbatch=settings.ppo.microbatch,
-        )
+        scored = scored_by(rollouts, learner, tie.reference, rewarders, settings)
         require_finite_scores(scored, number)
-        weights = settings.weights | {"kl": -state.controller.beta}
+        running = state.score
+        if running is not None:
+            running = running.observe(scored.scores["score"], across_ranks())
+            scored = in_running_unit(scored, running)
+        beta = state.controller.beta(tie.tier(rollouts))
+        experience = experience_of(scored, beta, settings)
         if state.return_variance is None and learner.critic is not None:
-            scored = _calibrated(learner.critic, scored, weights, settings)
-        experience = make_experience(
-            scored, weights=weights, gamma=settings.gamma, lam=settings.lam, whiten=settings.whiten
-        )
-        clock.lap("score_s")
-        set_rates(learner, decayed(settings, number))
+            experience = experience_of(_calibrated(learner.critic, experience, settings), beta, settings)
         variance = running_variance(state.return_variance, experience)
+        clock.lap("score_s")
+        set_rates(learner, decayed(settings.final_lr, settings.steps, number))
+        if tie.guard is not None:
+            tie.guard.before(learner, past)
         try:
             stats = update(
                 learner,
                 experience,
-                settings.ppo,
+                settings.update,
                 seeded(settings.seed, "update", number),
                 return_variance=variance,
                 train_policy=number >= settings.critic_warmup,
+                reference=tie.reference,
+                mix=None if mix is None else mix(number),
+                stop=tie.stop,
             )
         except DivergenceError as error:
             raise DivergenceError(f"policy step {number}: {error}") from error
         require_ratio_one(stats, number)
+        verdict = None if tie.guard is None else tie.guard.after(learner, number)
         clock.lap("update_s")
-        beta = state.controller.beta
-        controller = state.controller.observe(float(experience.channel("kl").mean()), len(rollouts))
-        state = State(number + 1, controller, variance)
-        yield Step(number, beta, experience, stats, state, clock.seconds)
+        state = State(
+            number + 1,
+            state.controller.observe(experience.kl_per_response(), tie.tier(rollouts)),
+            variance,
+            score=running,
+            past=past if verdict is None else verdict.past,
+        )
+        yield Step(number, float(beta.mean()), experience, stats, state, clock.seconds, verdict)
 
 
-def decayed(settings: PolicySettings, step: int) -> float:
-    """The share of the first learning rates in force at `step`: linear from 1 to `final_lr`."""
-    return 1 - (1 - settings.final_lr) * step / max(1, settings.steps - 1)
+def scored_by(
+    rollouts: Rollouts, learner: Learner, reference: Any, rewarders: dict[str, Rewarder], settings: PolicySettings
+) -> ScoredRollouts:
+    """What the models and the rewarders say about the rollouts, at the sampling temperature."""
+    return score_rollouts(
+        rollouts,
+        learner.policy,
+        reference,
+        learner.critic,
+        rewarders,
+        temperature=settings.sampling.temperature,
+        eos_id=settings.eos_id,
+        microbatch=settings.update.microbatch,
+    )
+
+
+def experience_of(scored: ScoredRollouts, beta: Tensor, settings: PolicySettings) -> Experience:
+    """The step's experience under `beta` [B], which is paid in the reward or in the loss."""
+    in_loss = settings.update.kl_loss is not None
+    return make_experience(
+        scored,
+        weights={**settings.weights, "kl": torch.zeros_like(beta) if in_loss else -beta},
+        gamma=settings.gamma,
+        lam=settings.lam,
+        whiten=settings.whiten,
+        method=settings.method,
+        kl_estimator=settings.kl_estimator,
+        loss_beta=beta if in_loss else 0.0,
+    )
+
+
+def decayed(final_lr: float, steps: int, step: int) -> float:
+    """The share of the first learning rates in force at `step`: linear from 1 to `final_lr` over `steps`."""
+    return 1 - (1 - final_lr) * step / max(1, steps - 1)
 
 
 def set_rates(learner: Learner, share: float) -> None:
@@ -153,16 +223,15 @@ def running_variance(before: Tensor | None, experience: Experience) -> Tensor:
     return now if before is None else RETURN_VARIANCE_DECAY * before + (1 - RETURN_VARIANCE_DECAY) * now
 
 
-def _calibrated(
-    critic: Any, scored: ScoredRollouts, weights: dict[str, float], settings: PolicySettings
-) -> ScoredRollouts:
+def _calibrated(critic: Any, experience: Experience, settings: PolicySettings) -> ScoredRollouts:
     """Put the critic's heads into the unit of the returns first seen, and the values of this batch with them."""
+    scored, mask = experience.scored, experience.scored.rollouts.response_mask
     before = scored.values
     assert before is not None
     untrained = replace(scored, values=torch.zeros_like(before))
-    experience = make_experience(untrained, weights=weights, gamma=settings.gamma, lam=1.0, whiten=False)
-    mask = scored.rollouts.response_mask
-    returns = experience.returns.unbind(dim=-1)
+    weights = experience.weights[:, : len(channel_names(tuple(scored.scores)))]  # but for that of a scalar critic
+    plain = make_experience(untrained, weights=weights, gamma=settings.gamma, whiten=False)
+    returns = plain.returns.unbind(dim=-1)
     mean = torch.stack([masked_mean(head, mask) for head in returns])
     deviation = torch.stack([masked_variance(head, mask).sqrt() for head in returns])
     shift, scale = critic.shift.clone(), critic.scale.clone()
@@ -187,7 +256,7 @@ def trim(prompts: Prompts) -> Prompts:
     return Prompts(prompts.ids[:, -width:], prompts.mask[:, -width:], prompts.group_id)
 
 
-class _Clock:
+class Clock:
     """Wall seconds of the parts of a step."""
 
     def __init__(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kedge.ops.kl import k1, k3
 from kedge.ops.masked import masked_mean, masked_sum, masked_variance
 from kedge.rollout.uncertainty import Uncertainty
+from kedge.structs import Experience
 from kedge.trace.writer import StepRecord
 from kedge.train.experience import SCALAR_CRITIC
 from kedge.train.policy import Step
@@ -25,7 +26,7 @@ def step_metrics(step: Step, doubt: Uncertainty) -> dict[str, float]:
     experience, stats = step.experience, step.stats
     scored, mask = experience.scored, experience.scored.rollouts.response_mask
     rollouts, old, reference = scored.rollouts, scored.old, scored.reference
-    kl, score = experience.channel("kl"), experience.channel("score")
+    kl, score = experience.kl_per_response(), experience.channel("score")
     total = (experience.weights[:, None, :] * experience.advantages).sum(dim=-1)
     reward = (experience.weights * experience.rewards.sum(dim=1)).sum(dim=1)
     figures: dict[str, Tensor | float] = {
@@ -43,6 +44,9 @@ def step_metrics(step: Step, doubt: Uncertainty) -> dict[str, float]:
         "advantage/mean": masked_mean(total, mask),
         "advantage/std": masked_variance(total, mask).sqrt(),
         "policy/loss": stats.policy_loss.mean(),
+        "policy/kl_loss": stats.kl_loss.mean(),
+        "policy/mix_loss": stats.mix_loss.mean(),
+        "policy/left_out": stats.left_out.sum(),
         "policy/approx_kl": stats.approx_kl.mean(),
         "policy/clip_fraction": stats.clip_fraction.mean(),
         "policy/ratio_max": stats.ratio_max.max(),
@@ -64,6 +68,11 @@ def step_metrics(step: Step, doubt: Uncertainty) -> dict[str, float]:
             figures[f"value/explained_variance.{head}"] = explained
     for index, channel in enumerate(experience.channels):
         figures[f"weight/{channel}"] = experience.weights[:, index].mean()
+    if step.verdict is not None:
+        figures |= step.verdict.figures()
+    if step.state.score is not None:
+        figures["score/running_deviation"] = step.state.score.deviation
+    figures |= dict(step.figures)
     figures |= {f"uncertainty/{name}": mean for name, mean in _means(doubt).items()}
     return {name: float(value) for name, value in figures.items()}
 
@@ -82,8 +91,6 @@ def step_record(
     step: Step,
     doubt: Uncertainty,
     *,
-    gamma: float,
-    lam: float,
     prompts: list[str] | None,
     responses: list[str] | None,
 ) -> StepRecord:
@@ -94,9 +101,9 @@ def step_record(
         step=step.number,
         policy_version=rollouts.policy_version,
         channels=experience.channels,
-        gamma=gamma,
-        lam=lam,
-        critic="scalar" if SCALAR_CRITIC in experience.channels else "channels",
+        gamma=experience.gamma,
+        lam=experience.lam,
+        critic=_critic(experience),
         group=_array(rollouts.group_id),
         prompt_ids=_array(rollouts.prompt_ids),
         prompt_mask=_array(rollouts.prompt_mask),
@@ -114,8 +121,8 @@ def step_record(
         rewards=_array(experience.rewards),
         values=_array(experience.values),
         weights=_array(experience.weights),
-        shift=float(experience.shift),
-        scale=float(experience.scale),
+        shift=_array(experience.shift),
+        scale=_array(experience.scale),
         advantage=_array(experience.advantage()),
         members=_optional(doubt.members),
         disagreement=_optional(doubt.disagreement),
@@ -123,6 +130,13 @@ def step_record(
         prompts=prompts,
         responses=responses,
     )
+
+
+def _critic(experience: Experience) -> str:
+    """What predicts the channels: a head each, one for their sum, or no critic at all but a baseline."""
+    if experience.scored.values is None:
+        return "none"
+    return "scalar" if SCALAR_CRITIC in experience.channels else "channels"
 
 
 def _optional(tensor: Tensor | None) -> NDArray[np.generic] | None:
