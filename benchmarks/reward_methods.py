@@ -5,6 +5,8 @@ answers, then PPO runs against its score alone (the demo's settings) and under K
 Writes docs/results/reward-methods.json and .md. From the repository root:
 
     python benchmarks/reward_methods.py --out runs/reward-methods --workers 2
+
+`--only METHOD` (repeatable) makes the rows of these methods again and keeps the others as they are.
 """
 
 from __future__ import annotations
@@ -232,6 +234,12 @@ def _spread(values: list[float]) -> str:
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({min(values):.2f}, {max(values):.2f})"
 
 
+def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By world, method and seed, as the tables have them."""
+    worlds, methods = list(WORLDS), list(METHODS)
+    return sorted(results, key=lambda row: (worlds.index(row["world"]), methods.index(row["method"]), row["seed"]))
+
+
 def _supervised(out: Path, seed: int) -> None:
     carry_out("sft", DESK, out / f"sft-{seed}", (f"seed={seed}",))
 
@@ -240,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/reward-methods"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", action="append", choices=METHODS, metavar="METHOD")
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -248,7 +257,11 @@ def main() -> None:
     jobs = [Job("length", seed, method, out) for method in METHODS for seed in WORLDS["length"][3]]
     others = [world for world in WORLDS if world != "length"]
     jobs += [Job(world, seed, method, out) for method in ELSEWHERE for world in others for seed in WORLDS[world][3]]
-    results = side_by_side(carried_out, jobs, arguments.workers)
+    kept = json.loads(RESULTS.joinpath("reward-methods.json").read_text(encoding="utf-8")) if arguments.only else []
+    jobs = [job for job in jobs if not arguments.only or job.method in arguments.only]
+    made = {(job.world, job.seed, job.method) for job in jobs}
+    results = [row for row in kept if (row["world"], row["seed"], row["method"]) not in made]
+    results = in_order(results + side_by_side(carried_out, jobs, arguments.workers))
     command = "python benchmarks/reward_methods.py"
     RESULTS.joinpath("reward-methods.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     RESULTS.joinpath("reward-methods.md").write_text(render(results, command), encoding="utf-8")

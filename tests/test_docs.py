@@ -72,15 +72,15 @@ def named(page: Path) -> str:
 def loop_names() -> dict[str, Any]:
     """What the README's loop takes for given, on a task small enough to list every response."""
     import torch
-    from enumerable import EOS, PAD, Space, TableModel, random_task
+    from kedge.experiment.verify.enumerable import EOS, PAD, Space, TableModel, random_task
     from lab import prompts_of, score_of
 
-    from kedge.ops.kl import adapted_coefficient
+    from kedge.ops.control import adapted_coefficient
     from kedge.rollout.engine import TorchEngine
     from kedge.rollout.score import score_rollouts
     from kedge.structs import Sampling
     from kedge.train.experience import make_experience
-    from kedge.train.update import Learner, PpoSettings, update
+    from kedge.train.update import Learner, UpdateSettings, update
 
     task = random_task(Space(2, 2))
     policy = TableModel(task.space, task.reference)
@@ -98,7 +98,7 @@ def loop_names() -> dict[str, Any]:
         "beta": 0.1,
         "weights": {"score": 1.0, "kl": -0.1, "length": 0.0, "missing_eos": -1.0},
         "learner": Learner(policy, torch.optim.Adam(policy.parameters())),
-        "settings": PpoSettings(epochs=1, minibatches=1, clip=0.2),
+        "settings": UpdateSettings(epochs=1, minibatches=1, clip=0.2),
         "variance": torch.ones(4),
         "kl_per_sequence": 3.0,
         "target": 6.0,

@@ -97,7 +97,7 @@ def test_the_readme_shows_the_whole_layout() -> None:
 
 def test_the_loop_in_the_readme_calls_what_exists() -> None:
     """Each call of the README's loop fits the signature of the function it names."""
-    from kedge.ops.kl import adapted_coefficient
+    from kedge.ops.control import adapted_coefficient
     from kedge.rollout.engine import TorchEngine
     from kedge.rollout.score import score_rollouts
     from kedge.train.experience import make_experience

@@ -126,9 +126,12 @@ class Judgments:
     index: Tensor  # [N, K] int64: rows of `responses`, -1 is padding
     grades: Tensor  # [N, K] float
     margin: Tensor  # [N] float, >= 0
+    invented: Tensor | None = None  # [N] bool: made by padding an answer, not judged by anybody; None where none is
 
     def __post_init__(self) -> None:
         items, width = self.index.shape
+        if self.invented is not None:
+            _shape("invented", self.invented, items)
         _shape("grades", self.grades, items, width)
         _shape("margin", self.margin, items)
         _expect(bool((self.index[:, :1] >= 0).all()), "every item needs at least one response")
@@ -149,7 +152,8 @@ class Judgments:
 
     def rows(self, index: Tensor) -> Judgments:
         """The items at `index`; the responses stay whole."""
-        return Judgments(self.responses, self.index[index], self.grades[index], self.margin[index])
+        invented = None if self.invented is None else self.invented[index]
+        return Judgments(self.responses, self.index[index], self.grades[index], self.margin[index], invented)
 
 
 @dataclass(frozen=True)

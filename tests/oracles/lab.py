@@ -1,124 +1,59 @@
-"""PPO on an enumerable task through the production functions: `generate`, `score`, `make_experience`, `update`."""
+"""Training on an enumerable task as `kedge.experiment.verify.training` does it, whole or with something made wrong."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from enumerable import EOS, PAD, Space, TableCritic, TableModel, Task
 from torch import Tensor
 
+from kedge.experiment.verify import training
+from kedge.experiment.verify.enumerable import Space, TableModel, Task
+from kedge.experiment.verify.training import (
+    FREE,
+    OnPolicy,
+    every_response,
+    generate,
+    prompts_of,
+    score,
+    score_of,
+    variance_of,
+    weights_for,
+)
 from kedge.ops.advantages import gae
-from kedge.ops.masked import masked_variance, whitening
-from kedge.rollout.engine import TorchEngine
-from kedge.rollout.score import score_rollouts
-from kedge.structs import Experience, Prompts, Rollouts, Sampling, ScoredRollouts
+from kedge.ops.masked import whitening
+from kedge.structs import Experience, Rollouts, ScoredRollouts
 from kedge.train.experience import make_experience
-from kedge.train.update import Learner, PpoSettings, update
+from kedge.train.update import Learner, UpdateSettings, update
 
-FREE = 1e9  # a gradient norm that nothing exceeds
+__all__ = ["FREE", "generate", "prompts_of", "score", "score_of", "variance_of", "weights_for"]
 Tamper: TypeAlias = "Callable[[Experience, Ppo], Experience]"
 
 
 @dataclass(frozen=True)
-class Ppo:
+class Ppo(OnPolicy):
     """The settings of a training run; `tamper` turns the right experience into a wrong one."""
 
-    steps: int = 120
-    batch: int = 512
-    lr: float = 0.1
-    epochs: int = 2
-    minibatches: int = 1
-    gamma: float = 1.0
-    lam: float = 1.0
-    whiten: bool = False
-    heads: int | None = None  # None trains without a critic
-    seed: int = 0
-    beta: float | None = None  # None takes the task's
-    double: bool = True
     tamper: Tamper | None = None
 
 
-def prompts_of(space: Space, batch: int) -> Prompts:
-    """`batch` prompts in turn; the group is the prompt's number in the space."""
-    number = torch.arange(batch) % space.prompts
-    ids, mask = space.prompt_ids(number)
-    return Prompts(ids, mask, number)
+def train(task: Task, ppo: OnPolicy, start: Tensor | None = None) -> Tensor:
+    """The policy's table after training from `start`, or from the reference."""
+    tamper = getattr(ppo, "tamper", None)
+    if tamper is None:
+        return training.train(task, ppo, start)
+
+    def tampered(scored: ScoredRollouts, **named: Any) -> Experience:
+        return tamper(make_experience(scored, **named), ppo)
+
+    return training.train(task, ppo, start, experience_of=tampered)
 
 
 def all_rollouts(space: Space, prompt: int = 0) -> Rollouts:
     """Every sequence of the space once, as rollouts."""
-    count = len(space.sequences)
-    number = torch.full((count,), prompt)
-    ids, mask = space.prompt_ids(number)
-    everything = torch.arange(count)
-    return Rollouts(
-        prompt_ids=ids,
-        prompt_mask=mask,
-        response_ids=space.response_ids(everything),
-        response_mask=space.mask,
-        ended=space.ended,
-        group_id=number,
-        behaviour_logprobs=torch.zeros(count, space.budget, dtype=torch.float64),
-    )
-
-
-def score_of(task: Task) -> Callable[[Rollouts], Tensor]:
-    """The task's reward as a terminal score."""
-    return lambda r: task.reward[r.group_id, task.space.index_of(r.response_ids, r.response_mask)]
-
-
-def weights_for(beta: float) -> Mapping[str, float]:
-    return {"score": 1.0, "kl": -beta, "length": 0.0, "missing_eos": 0.0}
-
-
-def score(rollouts: Rollouts, policy: TableModel, task: Task, critic: TableCritic | None = None) -> ScoredRollouts:
-    reference = TableModel(task.space, task.reference.to(policy.table.dtype))
-    rewarders = {"score": score_of(task)}
-    return score_rollouts(
-        rollouts, policy, reference, critic, rewarders, temperature=1.0, eos_id=EOS, microbatch=len(rollouts)
-    )
-
-
-def generate(space: Space, policy: TableModel, batch: int, generator: torch.Generator) -> Rollouts:
-    engine = TorchEngine(eos_id=EOS, pad_id=PAD, batch=batch)
-    return engine.generate(policy, prompts_of(space, batch), Sampling(space.budget), generator)
-
-
-def train(task: Task, ppo: Ppo, start: Tensor | None = None) -> Tensor:
-    """The policy's table after training from `start`, or from the reference; learning rates fall to zero."""
-    policy = TableModel(task.space, task.reference if start is None else start)
-    if not ppo.double:
-        policy = policy.float()
-    optimizer = torch.optim.Adam(policy.parameters(), lr=ppo.lr)
-    critic, critic_optimizer = None, None
-    if ppo.heads is not None:
-        shape = (task.space.prompts, len(task.space.prefixes), ppo.heads)
-        critic = TableCritic(task.space, torch.zeros(shape, dtype=policy.table.dtype))
-        critic_optimizer = torch.optim.Adam(critic.parameters(), lr=ppo.lr)
-    learner = Learner(policy, optimizer, critic, critic_optimizer)
-    settings = PpoSettings(ppo.epochs, ppo.minibatches, clip=0.2, max_grad_norm=FREE, microbatch=ppo.batch)
-    generator = torch.Generator().manual_seed(ppo.seed)
-    beta = task.beta if ppo.beta is None else ppo.beta
-    for step in range(ppo.steps):
-        for each in (optimizer, critic_optimizer):
-            if each is not None:
-                each.param_groups[0]["lr"] = ppo.lr * (1 + math.cos(math.pi * step / ppo.steps)) / 2
-        scored = score(generate(task.space, policy, ppo.batch, generator), policy, task, critic)
-        experience = make_experience(scored, weights=weights_for(beta), gamma=ppo.gamma, lam=ppo.lam, whiten=ppo.whiten)
-        if ppo.tamper is not None:
-            experience = ppo.tamper(experience, ppo)
-        update(learner, experience, settings, generator, return_variance=variance_of(experience))
-    return policy.table.detach()
-
-
-def variance_of(experience: Experience) -> Tensor:
-    """[heads] variance of the returns over the batch, with a floor for heads that never see a reward."""
-    mask = experience.scored.rollouts.response_mask
-    return torch.stack([masked_variance(head, mask) for head in experience.returns.unbind(-1)]).clamp(min=1e-4)
+    return every_response(space, [prompt])
 
 
 def with_advantage(experience: Experience, advantage: Tensor) -> Experience:
@@ -130,8 +65,8 @@ def with_advantage(experience: Experience, advantage: Tensor) -> Experience:
         experience,
         advantages=advantages,
         weights=weights,
-        shift=experience.shift.new_zeros(()),
-        scale=experience.scale.new_ones(()),
+        shift=torch.zeros_like(experience.shift),
+        scale=torch.ones_like(experience.scale),
     )
 
 
@@ -141,20 +76,14 @@ def with_rewards(experience: Experience, rewards: Tensor, ppo: Ppo) -> Experienc
     advantages, returns = gae(rewards, experience.values, mask, gamma=ppo.gamma, lam=ppo.lam)
     total = (experience.weights[:, None, :] * advantages).sum(dim=-1)
     shift, scale = whitening(total, mask) if ppo.whiten else (total.new_zeros(()), total.new_ones(()))
-    return replace(experience, rewards=rewards, advantages=advantages, returns=returns, shift=shift, scale=scale)
-
-
-def with_kl_estimator(estimator: Callable[[Tensor, Tensor], Tensor]) -> Tamper:
-    """Another estimator than k1 in the `kl` channel of the reward."""
-
-    def tamper(experience: Experience, ppo: Ppo) -> Experience:
-        scored = experience.scored
-        estimate = estimator(scored.old.logprobs, scored.reference.logprobs) * scored.rollouts.response_mask
-        rewards = experience.rewards.clone()
-        rewards[..., experience.channels.index("kl")] = estimate
-        return with_rewards(experience, rewards, ppo)
-
-    return tamper
+    return replace(
+        experience,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        shift=shift.expand(len(mask)),
+        scale=scale.expand(len(mask)),
+    )
 
 
 def with_kl_in_loss(coefficient: Callable[[Tensor], Tensor], beta: float) -> Tamper:
@@ -192,7 +121,7 @@ def ascent_per_response(scored: ScoredRollouts, policy: TableModel, weights: Map
     `update` divides by the number of tokens in the batch, which is random; undone, the mean is the policy gradient.
     """
     experience = make_experience(scored, weights=weights, gamma=1.0, lam=1.0, whiten=False)
-    settings = PpoSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=FREE, microbatch=100_000)
+    settings = UpdateSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=FREE, microbatch=100_000)
     learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.0))
     update(learner, experience, settings, torch.Generator(), return_variance=variance_of(experience))
     assert policy.table.grad is not None

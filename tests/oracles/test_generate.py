@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from enumerable import EOS, PAD, Space, TableCritic, TableModel, random_table, random_task
 from lab import ascent_per_response, generate, prompts_of, score, weights_for
 from scipy.stats import chisquare
 from torch import Tensor
 
+from kedge.experiment.verify.enumerable import EOS, PAD, Space, TableCritic, TableModel, random_table, random_task
 from kedge.models.reward import RewardModel
 from kedge.rollout.engine import TorchEngine
 from kedge.rollout.reward import scores

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import EOS, Space, TableCritic, TableModel, random_table, random_task
 from lab import all_rollouts, ascent_per_response, weights_for, z_scores
 from torch import Tensor
 
+from kedge.experiment.verify.enumerable import EOS, Space, TableCritic, TableModel, random_table, random_task
 from kedge.rollout.score import score_rollouts
 from kedge.structs import Rollouts, ScoredRollouts
 from kedge.train.experience import make_experience

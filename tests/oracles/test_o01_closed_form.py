@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import Space, Task, random_task
 from torch import Tensor
+
+from kedge.experiment.verify.enumerable import Space, Task, random_task
 
 SPACES = [Space(2, 2), Space(3, 4), Space(3, 3, prompts=3)]
 

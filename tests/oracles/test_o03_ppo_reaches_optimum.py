@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from enumerable import Space, Task, random_task
-from lab import Ppo, train, with_advantage, with_kl_estimator, with_kl_in_loss, with_rewards
+from lab import Ppo, train, with_advantage, with_kl_in_loss, with_rewards
 from torch import Tensor
 
-from kedge.ops.kl import k2, k3
+from kedge.experiment.verify.enumerable import Space, Task, random_task
+from kedge.ops.kl import absolute, k2, k3
 from kedge.structs import Experience
+from kedge.train.methods import METHODS
 
 TASK = random_task(Space(3, 3))
 TWO_PROMPTS = random_task(Space(2, 3, prompts=2), seed=4)
@@ -34,6 +35,12 @@ RIGHT = {
     "lambda .95, scalar critic, whitening": (TASK, Ppo(lam=0.95, whiten=True, heads=1)),
     "four minibatches": (TASK, Ppo(lam=0.95, whiten=True, heads=4, steps=80, epochs=1, minibatches=4)),
     "two prompts of unequal length": (TWO_PROMPTS, DEFAULTS),
+    "A2C": (TASK, Ppo(METHODS["a2c"], lam=0.95, whiten=True, heads=4, epochs=1)),
+    "RLOO": (TWO_PROMPTS, Ppo(METHODS["rloo"], group=4, epochs=1)),
+    "GRPO": (TWO_PROMPTS, Ppo(METHODS["grpo"], group=4, epochs=1)),
+    "Dr. GRPO": (TWO_PROMPTS, Ppo(METHODS["dr_grpo"], group=4)),
+    "REINFORCE++": (TWO_PROMPTS, Ppo(METHODS["reinforce_pp"], batch=2048, epochs=1)),
+    "k2 of the sequence in the loss": (TWO_PROMPTS, Ppo(METHODS["rloo"], kl_loss="k2", batch=4096, lr=0.06)),
     "single precision": (TASK, Ppo(lam=0.95, whiten=True, heads=4, double=False)),
 }
 
@@ -84,12 +91,12 @@ PLAIN = {"lam": 0.95, "heads": 4, "steps": 80, "epochs": 1, "lr": 0.15}
 WRONG = {
     "KL dropped": Ppo(**PLAIN, beta=0.0),
     "KL with the wrong sign": Ppo(**PLAIN, beta=-TASK.beta),
-    "k2 in the reward": Ppo(**PLAIN, tamper=with_kl_estimator(k2)),
-    "k3 in the reward": Ppo(**PLAIN, tamper=with_kl_estimator(k3)),
-    "absolute k1 in the reward": Ppo(**PLAIN, tamper=with_kl_estimator(lambda p, r: (p - r).abs())),
-    "k1 as a loss": Ppo(**PLAIN, tamper=with_kl_in_loss(torch.ones_like, TASK.beta)),
+    "k2 in the reward": Ppo(**PLAIN, kl_reward=k2),
+    "k3 in the reward": Ppo(**PLAIN, kl_reward=k3),
+    "absolute k1 in the reward": Ppo(**PLAIN, kl_reward=absolute),
+    "k1 as a loss": Ppo(**PLAIN, kl_loss="k1"),
     "token k2 as a loss": Ppo(**PLAIN, tamper=with_kl_in_loss(lambda k: k, TASK.beta)),
-    "token k3 as a loss": Ppo(**PLAIN, tamper=with_kl_in_loss(lambda k: 1 - torch.exp(-k), TASK.beta)),
+    "token k3 as a loss": Ppo(**PLAIN, kl_loss="k3"),
     "token k2 as a loss, response means": Ppo(**PLAIN, tamper=token_k2_with_response_means),
     "GRPO's gradient": Ppo(**PLAIN, tamper=gradient_like_grpo),
     "score one token early": Ppo(**PLAIN, tamper=score_one_token_early),

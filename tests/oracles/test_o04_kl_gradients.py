@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from enumerable import Space, random_table
 from torch import Tensor
 
+from kedge.experiment.verify.enumerable import Space, random_table
 from kedge.ops.kl import k1, k2, k3
 
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import EOS, Space, TableCritic, TableModel, Task, random_table, random_task
 from lab import FREE, all_rollouts, score, weights_for
 from torch import Tensor
 
 from kedge.errors import DivergenceError
+from kedge.experiment.verify.enumerable import EOS, Space, TableCritic, TableModel, Task, random_table, random_task
 from kedge.rollout.score import token_scores
 from kedge.structs import Experience, TokenScores, UpdateStats
 from kedge.train.experience import make_experience
-from kedge.train.update import Learner, PpoSettings, update
+from kedge.train.update import Learner, UpdateSettings, update
 
 SPACE = Space(3, 3)
 TASK = random_task(SPACE)
@@ -58,7 +58,7 @@ def once(
     variance: Tensor | None = None,
     max_grad_norm: float = FREE,
 ) -> UpdateStats:
-    settings = PpoSettings(
+    settings = UpdateSettings(
         epochs=1,
         minibatches=1,
         clip=0.2,
@@ -195,7 +195,7 @@ def test_first_ratio_is_one_at_the_sampling_temperature(temperature: float) -> N
     tempered = token_scores(policy, scored.rollouts, temperature=temperature, eos_id=EOS)
     scored = replace(scored, old=tempered)
     experience = make_experience(scored, weights=weights_for(0.5), gamma=1.0, lam=1.0, whiten=True)
-    settings = PpoSettings(epochs=2, minibatches=3, clip=0.2, max_grad_norm=FREE, temperature=temperature)
+    settings = UpdateSettings(epochs=2, minibatches=3, clip=0.2, max_grad_norm=FREE, temperature=temperature)
     learner = learner_of(policy, lr=1.0)
     stats = update(learner, experience, settings, torch.Generator(), return_variance=torch.ones(4))
     assert stats.ratio_error.shape == (2, 3)
@@ -207,7 +207,7 @@ def test_every_response_is_used_once_an_epoch() -> None:
     policy = TableModel(SPACE, random_table(SPACE, 3))
     ones = torch.ones(SPACE.mask.shape, dtype=torch.float64)
     experience = experience_with(policy, TASK, ones, ones)
-    settings = PpoSettings(epochs=1, minibatches=4, clip=0.2, max_grad_norm=FREE)
+    settings = UpdateSettings(epochs=1, minibatches=4, clip=0.2, max_grad_norm=FREE)
     stats = update(learner_of(policy), experience, settings, torch.Generator(), return_variance=torch.ones(4))
     assert torch.equal(stats.active, SPACE.mask)
     assert torch.allclose(stats.new_logprobs, SPACE.token_logprobs(policy.table.detach())[0])

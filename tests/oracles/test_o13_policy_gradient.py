@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from enumerable import Space, TableCritic, TableModel, Task, random_table, random_task
 from lab import ascent_per_response, generate, score, weights_for, z_scores
 from torch import Tensor
+
+from kedge.experiment.verify.enumerable import Space, TableCritic, TableModel, Task, random_table, random_task
 
 SPACE = Space(3, 3, prompts=2)
 TASK = random_task(SPACE, seed=6)

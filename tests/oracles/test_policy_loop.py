@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import EOS, PAD, Space, TableCritic, TableModel, random_task
 from lab import FREE, prompts_of, score_of
 from torch import Tensor
 
+from kedge.experiment.verify.enumerable import EOS, PAD, Space, TableCritic, TableModel, random_task
 from kedge.rollout.engine import TorchEngine
 from kedge.structs import Sampling
 from kedge.train.checkpoint import State
-from kedge.train.controller import KlController
-from kedge.train.policy import PolicySettings, train_policy
-from kedge.train.update import Learner, PpoSettings
+from kedge.train.controller import Adaptive, Controller, Controllers, Fixed
+from kedge.train.policy import PolicySettings, Tie, train_policy
+from kedge.train.update import Learner, UpdateSettings
 
 SPACE = Space(3, 3, prompts=2)
 TASK = random_task(SPACE, seed=12)
@@ -39,7 +39,7 @@ class UnitCritic(TableCritic):
         return self.shift + self.scale * super().forward(input_ids, attention_mask)
 
 
-def run(controller: KlController, heads: int, steps: int, lr: float, final_lr: float) -> tuple[Tensor, State]:
+def run(controller: Controller, heads: int, steps: int, lr: float, final_lr: float) -> tuple[Tensor, State]:
     """The policy's table and the loop's state after training from the reference."""
     policy = TableModel(SPACE, TASK.reference)
     critic = UnitCritic(SPACE, heads)
@@ -48,7 +48,7 @@ def run(controller: KlController, heads: int, steps: int, lr: float, final_lr: f
     settings = PolicySettings(
         steps=steps,
         sampling=Sampling(SPACE.budget),
-        ppo=PpoSettings(epochs=2, minibatches=1, clip=0.2, max_grad_norm=FREE, microbatch=BATCH),
+        update=UpdateSettings(epochs=2, minibatches=1, clip=0.2, max_grad_norm=FREE, microbatch=BATCH),
         weights={"score": 1.0, "length": 0.0, "missing_eos": 0.0},
         gamma=1.0,
         lam=0.95,
@@ -58,10 +58,10 @@ def run(controller: KlController, heads: int, steps: int, lr: float, final_lr: f
         eos_id=EOS,
         final_lr=final_lr / lr,
     )
-    state = State(0, controller)
-    engine, reference = TorchEngine(EOS, PAD, batch=BATCH), TableModel(SPACE, TASK.reference)
+    state = State(0, Controllers.of(controller))
+    engine, tie = TorchEngine(EOS, PAD, batch=BATCH), Tie(TableModel(SPACE, TASK.reference))
     loop = train_policy(
-        learner, reference, {"score": score_of(TASK)}, lambda _: prompts_of(SPACE, BATCH), engine, settings, state
+        learner, tie, {"score": score_of(TASK)}, lambda _: prompts_of(SPACE, BATCH), engine, settings, state
     )
     for step in loop:
         state = step.state
@@ -71,15 +71,15 @@ def run(controller: KlController, heads: int, steps: int, lr: float, final_lr: f
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_fixed_beta_reaches_the_optimum(heads: int) -> None:
-    table, state = run(KlController("fixed", TASK.beta, target=1.0, horizon=1.0), heads, 150, lr=0.1, final_lr=0.0)
+    table, state = run(Fixed(TASK.beta), heads, 150, lr=0.1, final_lr=0.0)
     assert state.step == 150
-    assert state.controller.beta == TASK.beta
+    assert state.controller.mean_beta == TASK.beta
     assert TASK.distance(table) < 0.01
 
 
 @pytest.mark.parametrize("start", [0.4, 1.5])
 def test_adaptive_beta_reaches_its_target_in_nats_per_sequence(start: float) -> None:
     target = 0.25
-    table, state = run(KlController("adaptive", start, target, horizon=20 * BATCH), 4, 200, lr=0.2, final_lr=0.05)
+    table, state = run(Adaptive(start, target, horizon=20 * BATCH), 4, 200, lr=0.2, final_lr=0.05)
     assert TASK.kl(SPACE.sequence_logprobs(table)).mean().item() == pytest.approx(target, rel=0.1)
-    assert replace(TASK, beta=state.controller.beta).distance(table) < 0.04
+    assert replace(TASK, beta=state.controller.mean_beta).distance(table) < 0.04

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from enumerable import Space, random_task
 from lab import Ppo, train
 from torch import Tensor
+
+from kedge.experiment.verify.enumerable import Space, random_task
 
 TASK = random_task(Space(3, 3))
 LARGE_STEPS = Ppo(lam=0.95, whiten=True, heads=4, epochs=6, minibatches=4, lr=0.3, steps=30, batch=1024)
 
 
 def greater_where_negative(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip: float
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip: float, **_: object
 ) -> tuple[Tensor, Tensor]:
     ratio = torch.exp(logprobs - old_logprobs)
     free, held = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import EOS, PAD, Space, TableModel, random_table, random_task
 from lab import FREE, prompts_of, score, weights_for
 from torch import Tensor
 
+from kedge.experiment.verify.enumerable import EOS, PAD, Space, TableModel, random_table, random_task
 from kedge.rollout.engine import TorchEngine
 from kedge.structs import Rollouts, Sampling
 from kedge.train.experience import make_experience
-from kedge.train.update import Learner, PpoSettings, update
+from kedge.train.update import Learner, UpdateSettings, update
 
 SPACE = Space(3, 3, prompts=2)
 TASK = random_task(SPACE, seed=3)
@@ -51,7 +51,7 @@ def test_update_measures_the_ratio_from_the_scored_policy_not_from_the_sampler(s
     experience = make_experience(
         score(rollouts, policy, TASK), weights=weights_for(TASK.beta), gamma=1.0, lam=0.95, whiten=True
     )
-    settings = PpoSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=FREE)
+    settings = UpdateSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=FREE)
     learner = Learner(policy, torch.optim.SGD(policy.parameters(), lr=0.1))
     stats = update(learner, experience, settings, torch.Generator(), return_variance=torch.ones(4))
     assert stats.ratio_error.max() < 1e-12

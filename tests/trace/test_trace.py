@@ -71,7 +71,7 @@ def test_a_step_comes_back_and_splits_exactly(tmp_path: Path, critic: str) -> No
     np.testing.assert_allclose(step.advantage(), record.advantage[:, :width], atol=1e-5)
     parts = step.parts()
     np.testing.assert_allclose(sum(parts.values()), step.advantage(), atol=1e-12)
-    scale, shift = record.scale, record.shift
+    scale, shift = float(record.scale[0]), float(record.shift[0])
     for b in range(len(step)):
         mask = record.response_mask[b, :width].tolist()
         for c, channel in enumerate(step.channels):

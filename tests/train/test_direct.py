@@ -225,13 +225,13 @@ def population(task: Task, seed: int, count: int) -> Judgments:
 def test_dpo_on_many_pairs_comes_to_the_optimum_of_the_reward() -> None:
     task = random_task(Space(letters=2, budget=2, prompts=2), seed=3, beta=0.5, spread=1.0)
     model, reference = TableModel(task.space, task.reference), TableModel(task.space, task.reference)
-    of = Learner(model, torch.optim.Adam(model.parameters(), lr=0.05))
+    of = Learner(model, torch.optim.Adam(model.parameters(), lr=0.1))
     update = UpdateSettings(epochs=1, minibatches=1, clip=0.2, max_grad_norm=1e9, microbatch=4096)
-    settings = DirectSettings("dpo", 150, 4000, update, task.beta, 0.0, 0, 2, final_lr=0.05)
+    settings = DirectSettings("dpo", 60, 1500, update, task.beta, 0.0, 0, 2, final_lr=0.05)
     assert task.distance(model.table) > 0.2
-    for _ in train_direct(of, reference, population(task, 0, 40_000), settings, FRESH):
+    for _ in train_direct(of, reference, population(task, 0, 20_000), settings, FRESH):
         pass
-    assert task.distance(model.table) < 0.03
+    assert task.distance(model.table) < 0.06
 
 
 def finished(tmp_path: Path, stop: int | None) -> tuple[dict[str, Tensor], list[DirectStep]]:

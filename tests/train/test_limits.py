@@ -277,14 +277,12 @@ def test_the_limit_holds(action: Action, seed: int) -> None:
     assert kl[-1] > 0.3 * LIMIT, "it does move"
 
 
-def test_a_stop_rests_the_policy_past_the_limit() -> None:
-    """The optimiser step that crosses the limit stays; the policy stands still from there on."""
-    kl, steps = pulled("stop", seed=0)
-    rested = [int(step.stats.left_out.sum()) for step in steps]
-    first = rested.index(4)  # all four steps of an update
-    assert max(kl[: first - 1]) < LIMIT, "inside it every step is taken"
-    assert all(kl[number] == kl[number - 1] for number, count in enumerate(rested) if count == 4 and number)
-    assert sum(rested) > 100 and max(kl) < 2 * LIMIT < pulled(None, seed=0)[0][-1]
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stop_takes_the_step_over_the_limit_back(seed: int) -> None:
+    kl, steps = pulled("stop", seed)
+    assert max(kl) < LIMIT
+    assert kl[-1] > 0.5 * LIMIT, "it uses the room"
+    assert sum(int(step.stats.left_out.sum()) for step in steps) > 20
 
 
 # Going on

@@ -276,3 +276,16 @@ def test_a_members_loss_is_over_what_it_keeps_and_members_weigh_the_same() -> No
         expected.append(sum(plain(float(scores[member, i, 0] - scores[member, i, 1])) for i in there) / 4)
     found = lesson(scores, torch.arange(5), nn.Linear(2, 2))
     assert found.item() == pytest.approx(sum(expected) / 2, abs=1e-6)
+
+
+def test_padded_pairs_are_not_weighed_by_the_balance_of_the_others() -> None:
+    """Three of four judged pairs went to the longer side, so that each counts 2/3 and the fourth 2; padding counts 1."""
+    judged_pairs = pairs([1.0] * 4, [5, 5, 5, 2], [2, 2, 2, 5])
+    both = pairs([1.0] * 4 + [0.75] * 2, [5, 5, 5, 2, 3, 3], [2, 2, 2, 5, 9, 9])
+    both = replace(both, invented=torch.tensor([False] * 4 + [True] * 2))
+    alone = objective_of(judged_pairs, "pair", settings(length="resample"), 1)
+    mixed = objective_of(both, "pair", settings(length="padded_pairs"), 1)
+    assert alone.wins[:, 0, 1].tolist() == pytest.approx([2 / 3] * 3 + [2.0])
+    assert mixed.wins[:4].tolist() == alone.wins.tolist()
+    assert mixed.wins[4:, 0, 1].tolist() == [0.75, 0.75]
+    assert both.rows(torch.tensor([4, 0])).invented.tolist() == [True, False]

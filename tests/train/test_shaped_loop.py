@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Loop:
             state,
             mix=self.mix,
         )
-        return [step for step, _ in zip(every, range(steps), strict=False)]
+        return list(itertools.islice(every, steps))
 
 
 def same(one: Any, other: Any) -> bool:

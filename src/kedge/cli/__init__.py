@@ -16,9 +16,10 @@ import typer
 from typer.core import TyperGroup
 
 from kedge import __version__
-from kedge.cli import data, evaluate, runs
+from kedge.cli import data, evaluate, runs, study
 from kedge.cli.audit import audit
 from kedge.cli.errors import explained
+from kedge.cli.verify import verify
 from kedge.errors import Problem
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -40,7 +41,7 @@ class RecipeFirst(TyperGroup):
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
-for command in (runs.demo, runs.run, runs.sft, runs.policy, runs.report):
+for command in (runs.demo, runs.run, runs.sft, runs.policy, runs.report, verify):
     app.command()(command)
 
 reward = typer.Typer(cls=RecipeFirst, context_settings=HELP, help="Train a reward model, or measure one.")
@@ -53,6 +54,10 @@ judged.command()(data.check)
 judged.command()(data.convert)
 judged.command()(audit)
 app.add_typer(judged, name="data")
+
+studies = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Carry out many runs and compare them.")
+studies.command()(study.overoptimisation)
+app.add_typer(studies, name="study")
 
 
 @app.callback(invoke_without_command=True)

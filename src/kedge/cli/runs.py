@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +44,7 @@ def demo(
     def work(progress: Progress, interrupt: Interrupt) -> dict[str, Any]:
         from kedge import pipeline
 
-        _open_folder(out, resume=resume)
+        open_folder(out, resume=resume)
         return pipeline.demo(out, seed=seed, resume=resume, progress=progress, interrupt=interrupt)
 
     execute(work, as_json=as_json)
@@ -129,7 +130,7 @@ def _run_stages(
         from kedge import pipeline
 
         folder = Path("runs") / loaded.name if out is None else out
-        _open_folder(folder, resume=resume)
+        open_folder(folder, resume=resume)
         text = path.read_text(encoding="utf-8-sig")
         result = pipeline.run(
             loaded,
@@ -146,15 +147,18 @@ def _run_stages(
     execute(work, as_json=as_json)
 
 
-def _open_folder(out: Path, *, resume: bool) -> None:
-    """Make the folder of a run; refuse to write into what is already there, unless it is a run to go on with."""
+def open_folder(out: Path, *, resume: bool, marks: Sequence[str] = MARKS) -> None:
+    """Make the folder of a run; refuse to write into what is already there, unless it is a run to go on with.
+
+    Any of `marks` in it says so.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(Problem(str(out), "is a file, not a folder", "choose another --out"))
     if out.is_dir() and any(not entry.name.endswith(".tmp") for entry in out.iterdir()):
         if not resume:
             remedy = "choose another --out, or go on with the run in it with --resume"
             raise InputError(Problem(str(out), "is not empty, and nothing is overwritten", remedy))
-        if not _holds_run(out):
+        if not _holds_run(out, marks):
             raise InputError(Problem(str(out), "holds files but no run of Kedge to resume", "choose another --out"))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -165,5 +169,5 @@ def _open_folder(out: Path, *, resume: bool) -> None:
         raise InputError(Problem(str(out), "cannot be written", "change its permissions or choose another --out"))
 
 
-def _holds_run(folder: Path) -> bool:
-    return any((folder / mark).exists() for mark in MARKS)
+def _holds_run(folder: Path, marks: Sequence[str] = MARKS) -> bool:
+    return any((folder / mark).exists() for mark in marks)

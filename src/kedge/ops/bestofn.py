@@ -32,7 +32,7 @@ def bon_kl_estimate(selected_logprob: Tensor, n: int) -> Tensor:
     e = log_e.exp()
     log_miss = torch.log1p(-e.clamp(max=1 - 1e-15))
     missed = (n * log_miss).exp()
-    hit = -torch.expm1(n * log_miss)
+    hit = 1 - missed
     unlikely = missed * (bon_kl_bound(n) + (n - 1) * log_miss)
     tiny = torch.finfo(torch.float64).tiny  # an answer less likely than this is not drawn twice
     likely = torch.where(e > tiny, hit * (hit.clamp(min=tiny).log() - log_e), 0)

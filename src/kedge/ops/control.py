@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kedge.ops.masked import masked_sum
 
-LARGEST_EXPONENT = 700.0  # e^700 is a double, e^710 is not
+_LARGEST_EXPONENT = 700.0  # e^700 is a double, e^710 is not
 
 
 def adapted_coefficient(beta: float, measured: float, target: float, *, episodes: int, horizon: float) -> float:
@@ -32,7 +32,7 @@ def lagrangian_coefficient(beta: float, measured: float, target: float, *, rate:
     The multiplier of the constraint KL <= target, kept positive by its logarithm. A KL of twice the target multiplies
     beta by e^rate, one of zero divides it by as much. Overflow of a run that has blown up stays finite.
     """
-    return beta * math.exp(min(LARGEST_EXPONENT, rate * (measured / target - 1)))
+    return beta * math.exp(min(_LARGEST_EXPONENT, rate * (measured / target - 1)))
 
 
 def pid_coefficient(

@@ -87,8 +87,11 @@ class Context:
         length = len(encode_prompt(self.tokenizer, prompt)) + len(encode_response(self.tokenizer, response))
         return length <= self.recipe.model.context
 
-    def encode_judgments(self, rows: Sequence[Judgment]) -> Judgments:
-        """What annotators said, as token ids; `group_id` of a response numbers its prompt in the order first seen."""
+    def encode_judgments(self, rows: Sequence[Judgment], *, invented: int = 0) -> Judgments:
+        """What annotators said, as token ids; `group_id` of a response numbers its prompt in the order first seen.
+
+        The last `invented` rows are not theirs.
+        """
         prompts: list[Prompt] = []
         responses: list[str] = []
         grades: list[tuple[float, ...]] = []
@@ -108,7 +111,8 @@ class Context:
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         group = torch.tensor([numbers[text] for text in texts])
         rollouts = replace(self.encode(prompts, responses), group_id=group)
-        return Judgments(rollouts, index.masked_fill(~held, -1), padded, margin)
+        own = torch.arange(len(rows)) < len(rows) - invented
+        return Judgments(rollouts, index.masked_fill(~held, -1), padded, margin, ~own if invented else None)
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> Prompts:
         """Prompts to answer; `group_id` numbers them in the order given."""

@@ -72,7 +72,10 @@ def _on_policy(context: Context) -> None:
     running = RunningScore() if recipe.policy.score_normalisation == "running" else None
     state = begin(context, learner, State(0, controllers(recipe.policy.kl), score=running))
     watch = prepare_watch(context, original, reward_model)
+    tie = _tie(context, reference, pool)
     if state.step == 0:
+        if tie.guard is not None:
+            tie.guard.require_inside(policy)
         if recipe.policy.kl.study:
             what = f"policy.kl.estimator = {recipe.policy.kl.estimator} is under study: it need not hold the policy"
             context.event("policy", 0, "study", what)
@@ -81,7 +84,7 @@ def _on_policy(context: Context) -> None:
     per_step, samples = recipe.policy.prompts_per_step, recipe.policy.samples_per_prompt
     steps = _LOOPS.get(recipe.policy.method, train_policy)(
         learner,
-        _tie(context, reference, pool),
+        tie,
         rewarders,
         lambda step: prompt_batch(pool, per_step, samples, recipe.seed, step),
         context.engine,

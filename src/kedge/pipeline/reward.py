@@ -54,10 +54,9 @@ def sides(context: Context, rows: Sequence[Judgment]) -> tuple[Judgments, Judgme
         what = f"{sum(held_out)} of {len(rows)} judgments are on held-out prompts; both sides need some"
         raise InputError(Problem("reward.holdout", what, "give more prompts or change reward.holdout"))
     learnt = [row for row, held in zip(rows, held_out, strict=True) if not held]
-    if recipe.reward.length == "padded_pairs":
-        learnt += _padded_pairs(context, learnt)
+    plain = _padded_pairs(context, learnt) if recipe.reward.length == "padded_pairs" else []
     tested = [row for row, held in zip(rows, held_out, strict=True) if held]
-    return context.encode_judgments(learnt), context.encode_judgments(tested)
+    return context.encode_judgments([*learnt, *plain], invented=len(plain)), context.encode_judgments(tested)
 
 
 def _padded_pairs(context: Context, rows: Sequence[Judgment]) -> list[Preference]:

@@ -59,6 +59,11 @@ class View:
         return int(gold.steps[np.nanargmax(gold.values)])
 
     @property
+    def best_of(self) -> int | None:
+        """How many answers the best was kept of, where nothing was trained; else None."""
+        return _best_of(self.run)
+
+    @property
     def updates(self) -> int:
         """Policy updates so far."""
         steps = [int(found.steps[-1]) + 1 for found in self.policy.values()]
@@ -96,7 +101,10 @@ def _missing(
 ) -> list[str]:
     status = run.manifest.get("status")
     found = [f"The run is {status}: this shows what is on disk so far."] if status != "finished" else []
-    if not policy:
+    if (count := _best_of(run)) is not None:
+        what = f"the last evaluation is of the best of {count} answers of the supervised policy"
+        found.append(f"Nothing was trained: {what}, and its KL is an estimate.")
+    elif not policy:
         found.append("The policy stage has not begun.")
     if not evaluation:
         found.append("No evaluation is on disk, so there are no curves on fixed prompts.")
@@ -107,7 +115,14 @@ def _missing(
     if rules := [str(name) for name in run.manifest.get("channels", ()) if name not in BUILT_IN]:
         found.append(f"Probes are not put to the rules: matched margin and verdict leave out {', '.join(rules)}.")
     if account is None:
-        found.append("No rows of policy steps are on disk, so there is no ledger.")
+        pairs = "direct/chosen" in policy  # and yet no answers of the policy's own
+        why = "The policy learnt from judged pairs" if pairs else "No rows of policy steps are on disk"
+        found.append(f"{why}, so there is no ledger.")
     if not run.sample_steps():
         found.append("No evaluation samples are on disk.")
     return found
+
+
+def _best_of(run: Run) -> int | None:
+    policy = run.settings.get("policy", {})
+    return int(policy["samples_per_prompt"]) if policy.get("method") == "best_of_n" else None

@@ -23,9 +23,13 @@ def _score_line(view: View) -> str:
     if first is None or last is None:
         return "Score: not evaluated yet."
     return (
-        f"Score: {signed(first)} → {signed(last)} normalised units over {view.updates} updates; "
+        f"Score: {signed(first)} → {signed(last)} normalised units {_how(view)}; "
         f"the policy beats the reference on {_win_rate(view)}."
     )
+
+
+def _how(view: View) -> str:
+    return f"over {view.updates} updates" if view.best_of is None else f"by keeping the best of {view.best_of} answers"
 
 
 def _win_rate(view: View) -> str:
@@ -46,7 +50,8 @@ def _kl_line(view: View) -> str:
     last, token = view.last("evaluation/kl_per_sequence"), view.last("evaluation/kl_per_token")
     if last is None:
         return "KL to the reference: not evaluated yet."
-    return f"KL to the reference: {plain(last)} nats per response, {plain(token, 2)} per token (k1)."
+    kind = "k1" if view.best_of is None else "estimated"
+    return f"KL to the reference: {plain(last)} nats per response, {plain(token, 2)} per token ({kind})."
 
 
 def _gold_line(view: View) -> str:
@@ -54,7 +59,7 @@ def _gold_line(view: View) -> str:
     if best is None:
         return "Gold utility: nobody knows it for this run."
     first, top, last = view.first("gold"), view.at("gold", best), view.last("gold")
-    peak = f"best {signed(top)} {_when(best)}"
+    peak = f"best {signed(top)} {_when(view, best)}"
     return f"Gold utility (never shown to training): {signed(first)} → {peak} → {signed(last)}."
 
 
@@ -91,8 +96,9 @@ def _opening(view: View) -> str:
         return ""
     way = "rose" if last - first > 0.05 else "fell" if last - first < -0.05 else "stayed"
     change = f"from {signed(first)} to {signed(last)}" if way != "stayed" else f"at {signed(last)}"
+    how = _how(view)
     return (
-        f"Over {view.updates} updates the reward model's score {way} {change} normalised units; the policy beats the "
+        f"{how[0].upper()}{how[1:]} the reward model's score {way} {change} normalised units; the policy beats the "
         f"reference on {_win_rate(view)}. "
     )
 
@@ -138,12 +144,14 @@ def _gold_sentence(view: View) -> str:
     rising = score is not None and risen is not None and score > risen
     while_rising = " while the score went on rising" if rising else ""
     return (
-        f"Gold utility, which training never saw, was best {_when(best)} ({signed(top)}) and ended at "
+        f"Gold utility, which training never saw, was best {_when(view, best)} ({signed(top)}) and ended at "
         f"{signed(last)}, {fixed(top - last)} lower{while_rising}."
     )
 
 
-def _when(step: int) -> str:
+def _when(view: View, step: int) -> str:
+    if view.best_of is not None:
+        return _how(view) if step else "without choosing"
     return f"after {step} updates" if step else "before the first update"
 
 

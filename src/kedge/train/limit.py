@@ -1,7 +1,7 @@
 """The hard constraint KL(policy || reference) <= limit, in nats per sequence: stop the update, undo it, or go back.
 
-`Stop` looks inside an update, at the responses that it learns from, before each optimiser step: it costs nothing and is
-as exact as a minibatch and one step. `Guard` looks after the update, at fresh responses, and undoes the whole of it.
+`Stop` looks inside an update, at the responses that it learns from, after each optimiser step: it costs one forward
+pass and is as exact as a minibatch. `Guard` looks after the update, at fresh responses, and undoes the whole of it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CAUTION = 2.0  # standard errors by which an estimate must stay below the limit
 class Stop:
     """Whether responses of the sampling policy say that the policy, as an update has left it by now, is past `limit`.
 
-    Past it is where the estimate and `CAUTION` of its standard errors are. An update that is told so leaves the rest of
-    the policy's steps out; the step that crossed the limit stays.
+    Past it is where the estimate and `CAUTION` of its standard errors are. An update that is told so takes the policy's
+    last step back and leaves the rest out.
     """
 
     limit: float

@@ -209,11 +209,21 @@ def objective_of(judgments: Judgments, kind: Kind, settings: RewardSettings, mem
         return PlackettLuce(grades, mask)
     ties_count = settings.loss == "davidson"
     wins, ties = _votes(grades, ties_count) if kind == "pair" else _places(judgments, settings, ties_count)
-    if settings.length == "resample":
-        wins = balanced(wins, judgments.lengths)
+    if settings.length in ("resample", "padded_pairs"):
+        wins = _balanced(wins, judgments)
     if settings.loss == "margin":
         return Margin(wins, judgments.margin)
     return Davidson(wins, ties, members) if ties_count else Pairwise(wins, _pair_loss(settings))
+
+
+def _balanced(wins: Tensor, judgments: Judgments) -> Tensor:
+    """Longer and shorter winners alike among what was judged; what padding makes up stays as it is."""
+    if judgments.invented is None:
+        return balanced(wins, judgments.lengths)
+    judged = ~judgments.invented
+    weighed = wins.clone()
+    weighed[judged] = balanced(wins[judged], judgments.lengths[judged])
+    return weighed
 
 
 def _as_a_whole(kind: Kind, settings: RewardSettings) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from kedge.ops.kl import full_kl, full_kl_loss, k1, k3, sequence_k2, token_sum
 from kedge.ops.logprobs import entropy as entropy_of
 from kedge.ops.logprobs import taken
 from kedge.ops.losses import importance_weights, ppo_objective, token_weights, value_loss
-from kedge.rollout.score import response_logprobs, token_values
+from kedge.rollout.score import response_logprobs, token_scores, token_values
 from kedge.structs import Experience, Rollouts, UpdateStats
 from kedge.train.mix import mix_backward
+from kedge.train.snapshot import restore, snapshot
 
 # Sampled KL losses of a response, [B] nats, by the name of their estimator. Of these k2 alone has the KL's gradient.
 KL_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -104,8 +105,8 @@ def update(
 
     Losses are sums over the whole minibatch with the weights of the aggregation, however it is cut into micro-batches.
     `return_variance` [heads] divides each head's loss. With `train_policy` false only the critic learns (warm-up).
-    `reference` is asked for its whole distribution by the KL loss "full" alone. Once `stop` says so the policy rests
-    and only the critic goes on.
+    `reference` is asked for its whole distribution by the KL loss "full" alone. Once `stop` says so the policy's last
+    step is taken back and only the critic goes on; it is asked before each step and after the last.
     """
     rollouts = experience.scored.rollouts
     advantages = experience.advantage()
@@ -113,6 +114,8 @@ def update(
     active = rollouts.response_mask.clone()
     rows: list[list[dict[str, Tensor]]] = []
     left_out = 0.0
+    policy = replace(learner, critic=None, critic_optimizer=None)
+    before: dict[str, Tensor] = {}  # the policy before its last step
     for epoch in range(settings.epochs):
         order = torch.randperm(len(rollouts), generator=generator)
         rows.append([])
@@ -126,16 +129,33 @@ def update(
                     totals[name] = combine(totals[name], value) if name in totals else value
                 width = logprobs.shape[1]
                 new_logprobs[index, :width], active[index, :width] = logprobs, went
-            if train_policy and stop is not None and stop(*_seen(experience, new_logprobs, minibatch)):
-                train_policy, left_out = False, 1.0
+            if train_policy and stop is not None:
+                if stop(*_seen(experience, new_logprobs, minibatch)):
+                    train_policy, left_out = False, 1.0
+                    _take_back(policy, before)
+                else:
+                    before = snapshot(policy)
             totals["left_out"] = torch.tensor(left_out)
             if train_policy and mix is not None:
                 shown = mix(epoch, number)
                 totals["mix_loss"] = mix_backward(learner.policy, shown, settings.mix_weight, settings.microbatch)
             _step(learner, settings.max_grad_norm, totals, train_policy)
             rows[-1].append(totals)
+    if train_policy and stop is not None:
+        # The log-probability of ending is not looked at, so any token will do for it.
+        now = token_scores(
+            learner.policy, rollouts, temperature=settings.temperature, eos_id=0, microbatch=settings.microbatch
+        )
+        if stop(*_seen(experience, now.logprobs, torch.arange(len(rollouts)))):
+            _take_back(policy, before)
     stacked = {name: torch.stack([torch.stack([m[name] for m in row]) for row in rows]) for name in rows[0][0]}
     return UpdateStats(**stacked, new_logprobs=new_logprobs, active=active)
+
+
+def _take_back(policy: Learner, before: dict[str, Tensor]) -> None:
+    """Undo the policy's last step; nothing if this update took none."""
+    if before:
+        restore(policy, before)
 
 
 def _seen(experience: Experience, new_logprobs: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

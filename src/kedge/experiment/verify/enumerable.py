@@ -3,7 +3,8 @@
 A `Space` fixes the tokens (padding, BOS, EOS, one marker a prompt, a few letters), the prompts and the token budget.
 A `TableModel` is a causal language model over it whose logits are a table with one row a prefix; it follows the
 transformers call convention, cache included, so that production code can drive it. Everything exact is a sum over
-`space.sequences`. Nothing here imports the package under test.
+`space.sequences`. What is held against these answers must not have made them, so nothing here imports the rest of the
+package; an import rule holds that.
 """
 
 from __future__ import annotations
@@ -192,7 +193,6 @@ class TableModel(Walker):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
@@ -208,9 +208,7 @@ class TableModel(Walker):
 class TableCritic(Walker):
     """A critic with values [prompts, prefixes, heads] as its parameters, called as the package calls critics."""
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
         return self.rows(self.states(input_ids, attention_mask, None))
 
 
