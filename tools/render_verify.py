@@ -34,7 +34,7 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    figures = [f"{x:.4f}" for x in (row.tv, row.objective_gap, row.kl, row.kl_gap)]
+    figures = [f"{row.tv:.4f}", f"{row.objective_gap:.5f}", f"{row.kl:.3f}", f"{row.kl_gap:.3f}"]
     texts = (f"`{row.name}`", escaped(row.what), escaped(row.expected))
     return (*texts, *figures, "yes" if row.ok else "**no**")
 

@@ -79,7 +79,7 @@ def plain_logprobs(model: Any, rollouts: Rollouts) -> list[Tensor]:
 def test_pairs_of_a_ranking_are_its_decided_ones() -> None:
     responses = as_rollouts([[2]] * 6, [[3, EOS]] * 6, PAD)
     index = torch.tensor([[0, 1, 2], [3, 4, -1]])
-    grades = torch.tensor([[0.0, -1.0, -1.0], [0.0, 0.0, 0.0]])  # the second and third are tied, so are the last two
+    grades = torch.tensor([[0.0, -1.0, -1.0], [2.0, 2.0, 0.0]])  # the second and third are tied, so are the last two
     found = preference_pairs(Judgments(responses, index, grades, torch.zeros(2)))
     assert found.tolist() == [[0, 1], [0, 2]]
 

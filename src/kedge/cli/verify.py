@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from kedge.progress import Interrupt, Progress
 if TYPE_CHECKING:
     from kedge.experiment.verify.checks import Check, Row
 
+WIDTH = 150  # characters of the table, at most
 TITLES = {"optimiser": "Optimisers", "estimator": "KL in the reward or in the loss", "control": "Known to be wrong"}
 
 
@@ -76,7 +78,9 @@ def _shown(rows: Sequence[Row]) -> list[str]:
     from rich.text import Text
 
     out = io.StringIO()
-    console = Console(file=out, force_terminal=sys.__stdout__ is not None and sys.__stdout__.isatty(), width=150)
+    on_terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    console = Console(file=out, force_terminal=on_terminal, width=width)
     for kind, title in TITLES.items():
         of_kind = [row for row in rows if row.kind == kind]
         if not of_kind:
@@ -89,10 +93,10 @@ def _shown(rows: Sequence[Row]) -> list[str]:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("")
         for row in of_kind:
-            figures = [row.tv, row.objective_gap, row.kl, row.kl_gap]
+            figures = [f"{row.tv:.4f}", f"{row.objective_gap:.5f}", f"{row.kl:.3f}", f"{row.kl_gap:.3f}"]
             mark = Text("ok", "green") if row.ok else Text("FAIL", "bold red")
             texts = (row.name, row.what, row.expected)
-            table.add_row(*map(Text, texts), *[f"{x:.4f}" for x in figures], mark)
+            table.add_row(*map(Text, texts), *figures, mark)
         console.print(table)
     failed = [row.name for row in rows if not row.ok]
     console.print(

@@ -20,6 +20,7 @@ TONES = ("drift", "gold", "policy", "quiet", "total", "reference")
 ROOT = "√KL, √nats per response"
 GAIN = "gain, gold utility"
 SCORE = "gain, standard deviations of the score"
+NOISE = "The highest gold is the best of many evaluations, each with noise of its own, and so somewhat too high."
 ABOVE = "Gains are over the supervised policy on the same prompts; KL is k1 in nats per response."
 
 
@@ -35,6 +36,7 @@ def markdown(found: Found) -> str:
     """The tables of the study."""
     page = ["# Over-optimisation in the built-in desk", "", f"{_extent(found)} {ABOVE}", ""]
     page += ["In brackets the lowest and the highest seed; of laws the 95% interval.", "", "## Ends of the runs", ""]
+    page += [NOISE, ""]
     page += _markdown_table(_END_HEADS, _end_rows(found))
     page += ["", "## Laws", "", *_LAWS, ""]
     page += _markdown_table(_LAW_HEADS, _law_rows(found))
@@ -52,6 +54,7 @@ def _page(found: Found) -> dict[str, Any]:
         "found": found,
         "extent": _extent(found),
         "above": ABOVE,
+        "noise": NOISE,
         "summary": _sentences(found),
         "sweep": safe(_sweep(found)),
         "judges": safe(_judges(found)),
