@@ -17,7 +17,14 @@ from policy_runs import Row, Settings, along, of, options, shares, spread, table
 COMMAND = "python benchmarks/policy_methods.py"
 WORLD = ("desk.annotators.length=0",)
 STEPS, RESPONSES = 60, 96
-COMMON = (f"policy.steps={STEPS}", f"policy.prompts_per_step={RESPONSES}", "evaluate.every=3", "trace.text=none")
+COMMON = (
+    f"policy.steps={STEPS}",
+    f"policy.prompts_per_step={RESPONSES}",
+    "policy.lr=3e-4",
+    "policy.lam=1.0",
+    "evaluate.every=5",
+    "trace.text=none",
+)
 GROUP = 4
 
 
@@ -48,8 +55,8 @@ OPTIMISERS: dict[str, Settings] = {
     "reinforce_pp": _single("reinforce_pp"),
     "dpo": _single("dpo", PAIRS),
     "ipo": _single("ipo", PAIRS, "policy.kl.beta=0.1"),  # tau is in preference probability, not in score
-    "online_dpo": _grouped("online_dpo", size=2),
-    "rejection": _grouped("rejection"),
+    "online_dpo": _grouped("online_dpo", "policy.kl.beta=1.0", "policy.label_smoothing=0.1", size=2),
+    "rejection": _grouped("rejection", "policy.epochs=1", "policy.minibatches=1"),
     "best_of_n": (*COMMON, "policy.method=best_of_n", "policy.samples_per_prompt=8"),
 }
 STEERED = ("beta=0.15", "target=1.5")

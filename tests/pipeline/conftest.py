@@ -37,3 +37,21 @@ def apart(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         [sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True, timeout=120
     )
     return run, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe without what only some methods read."""
+    path = tmp_path_factory.mktemp("plain") / "tiny.toml"
+    text = RECIPE.replace('mode = "adaptive"\ntarget = 0.1\nhorizon = 40\n', "")
+    path.write_text(text.replace("missing_eos_penalty = 0.5\n", ""))
+    return path
+
+
+@pytest.fixture(scope="session")
+def start(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has a reward model and no more."""
+    folder = tmp_path_factory.mktemp("start")
+    for stage in ("sft", "reward"):
+        ran(folder, stage, plain, "--out", folder / "run", *(["--resume"] if stage == "reward" else []))
+    return folder / "run"

@@ -255,6 +255,7 @@ def test_every_figure_of_a_step_is_in_the_vocabulary(method: str) -> None:
     kept = [high for high, low in zip(best, worst, strict=True) if high > low]
     assert found["choice/reward_kept"] == pytest.approx(sum(kept) / len(kept), abs=1e-5)
     assert found["policy/first_ratio_error"] < 1e-5
+    assert found["policy/ratio_max"] == pytest.approx(1, abs=1e-4), "padding has no ratio"
 
 
 # Many steps
@@ -293,6 +294,13 @@ def finished(method: str, tmp_path: Path, stop: int | None) -> tuple[dict[str, T
         of = learner(seed=1)
         steps += loop(method, of, numbers, checkpoint.load(tmp_path / "step-000002", of))
     return weights_of(of.policy), steps
+
+
+@both
+def test_the_rate_falls_over_the_steps(method: str) -> None:
+    of = learner(lr=1e-2)
+    rates = [of.optimizer.param_groups[0]["lr"] for _ in loop(method, of, settings(steps=3, final_lr=0.2))]
+    assert rates == pytest.approx([1e-2, 6e-3, 2e-3])
 
 
 @both
