@@ -72,9 +72,9 @@ def named(page: Path) -> str:
 def loop_names() -> dict[str, Any]:
     """What the README's loop takes for given, on a task small enough to list every response."""
     import torch
-    from kedge.experiment.verify.enumerable import EOS, PAD, Space, TableModel, random_task
     from lab import prompts_of, score_of
 
+    from kedge.experiment.verify.enumerable import EOS, PAD, Space, TableModel, random_task
     from kedge.ops.control import adapted_coefficient
     from kedge.rollout.engine import TorchEngine
     from kedge.rollout.score import score_rollouts

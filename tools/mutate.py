@@ -57,7 +57,11 @@ TESTS = {
     "train/choice.py": ("train/test_online.py",),
     "train/direct.py": ("train/test_direct.py",),
     "rollout/best_of.py": ("rollout/test_best_of.py",),
-    "train/experience.py": ("train/test_methods.py", "oracles/test_o05_parts_sum.py", "oracles/test_sampler_differs.py"),
+    "train/experience.py": (
+        "train/test_methods.py",
+        "oracles/test_o05_parts_sum.py",
+        "oracles/test_sampler_differs.py",
+    ),
     "train/controller.py": ("train/test_controllers.py",),
     "train/limit.py": ("train/test_limits.py",),
     "train/update.py": ("train/test_update_terms.py", "oracles/test_o11_update.py", "oracles/test_sampler_differs.py"),

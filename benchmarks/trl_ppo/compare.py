@@ -28,8 +28,8 @@ from task import EOS, PAD, Numbers, load_prompts, prepare
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "docs" / "results"
 TRL = ("trl", "trl-last-token")
-KEDGE = ("scalar", "channels", "own")
-SEEDS = 8
+KEDGE = ("scalar", "scalar-epsilon", "channels", "own")
+SEEDS = 6
 FIGURES = ("score", "kl", "length", "entropy")
 FRESH_PROMPTS = 256
 SAMPLES = 256  # of the reference, per fresh prompt: what the frontier rests on

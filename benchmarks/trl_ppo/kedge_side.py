@@ -37,11 +37,13 @@ class Variant:
     heads: tuple[str, ...]
     max_grad_norm: float = math.inf  # TRL's PPO never clips gradients
     value_clip: float | None = None  # standard deviations of the return; None: the shared number
+    trl_epsilon: bool = False  # the critic's Adam moves as if its loss were weighed as TRL's
 
 
 CHANNELS = channel_names(("score",))
 VARIANTS = {
     "scalar": Variant((SCALAR_CRITIC,)),
+    "scalar-epsilon": Variant((SCALAR_CRITIC,), trl_epsilon=True),
     "channels": Variant(CHANNELS),
     "own": Variant(CHANNELS, max_grad_norm=1.0, value_clip=1.0),
 }
@@ -72,7 +74,10 @@ def curve(task: Path, variant: Variant, seed: int, out: Path | None = None) -> I
     judged = reward_model([judge])
     # The score's head starts as the reward model's, trunk and head; with a scalar critic that head is the only one.
     critic = Critic.from_reward_model(judged, variant.heads, 0)
-    learner = Learner(policy, _adam(policy, numbers), critic, _adam(critic, numbers))
+    # Dividing a loss by c and multiplying Adam's epsilon by it are the same. Kedge divides by the return's variance,
+    # TRL multiplies by a coefficient, so that its epsilon weighs more against the gradient.
+    heavier = 1 / (numbers.value_coefficient * numbers.return_variance) if variant.trl_epsilon else 1.0
+    learner = Learner(policy, _adam(policy, numbers), critic, _adam(critic, numbers, heavier))
     settings = PolicySettings(
         steps=numbers.steps,
         sampling=Sampling(numbers.budget, temperature=numbers.temperature),
@@ -111,8 +116,8 @@ def curve(task: Path, variant: Variant, seed: int, out: Path | None = None) -> I
         save_model(policy, tokenizer, out)
 
 
-def _adam(model: Any, numbers: Numbers) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=numbers.lr, eps=numbers.adam_epsilon)
+def _adam(model: Any, numbers: Numbers, heavier: float = 1.0) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=numbers.lr, eps=numbers.adam_epsilon * heavier)
 
 
 def main() -> None:

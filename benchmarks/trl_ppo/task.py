@@ -26,7 +26,8 @@ class Numbers:
     adam_epsilon: float = 1e-5
     clip: float = 0.2
     value_clip: float = 0.2
-    value_coefficient: float = 0.1
+    value_coefficient: float = 0.1  # of TRL
+    return_variance: float = 0.7  # usual here; where Kedge's critic is to learn at TRL's pace
     gamma: float = 1.0
     lam: float = 0.95
     beta: float = 0.35

@@ -135,9 +135,15 @@ def test_token_nll_is_the_sum_over_true_tokens_per_given_token(
 
 @examples
 @given(
-    ratio=st.floats(0.05, 20), advantage=reals, low=st.floats(0.05, 0.9), high=st.floats(0.05, 3), dual=st.floats(1.1, 5)
+    ratio=st.floats(0.05, 20),
+    advantage=reals,
+    low=st.floats(0.05, 0.9),
+    high=st.floats(0.05, 3),
+    dual=st.floats(1.1, 5),
 )
-def test_upper_bound_and_dual_clip_by_cases(ratio: float, advantage: float, low: float, high: float, dual: float) -> None:
+def test_upper_bound_and_dual_clip_by_cases(
+    ratio: float, advantage: float, low: float, high: float, dual: float
+) -> None:
     """Above 0 the ratio stops at 1 + high; below 0 it stops at 1 - low, and at dual on the other side."""
     old = torch.tensor(-1.5, dtype=torch.float64)
     logprob = (old + math.log(ratio)).requires_grad_()

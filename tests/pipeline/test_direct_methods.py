@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes import RECIPE, Stop, assert_same, kedge, lines, manifest, ran, stage_lines
+from processes import Stop, assert_same, kedge, lines, manifest, ran, stage_lines
 from user_files import DEMONSTRATIONS, bring, write
 
 from kedge import cli
@@ -21,24 +21,6 @@ METHODS = {
     "rejection": (*GROUPED, "policy.kl.limit=3.0"),
     "best_of_n": GROUPED,
 }
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny recipe without what only some methods read."""
-    path = tmp_path_factory.mktemp("plain") / "tiny.toml"
-    text = RECIPE.replace('mode = "adaptive"\ntarget = 0.1\nhorizon = 40\n', "")
-    path.write_text(text.replace("missing_eos_penalty = 0.5\n", ""))
-    return path
-
-
-@pytest.fixture(scope="session")
-def start(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has a reward model and no more."""
-    folder = tmp_path_factory.mktemp("start")
-    for stage in ("sft", "reward"):
-        ran(folder, stage, plain, "--out", folder / "run", *(["--resume"] if stage == "reward" else []))
-    return folder / "run"
 
 
 def arguments(method: str, plain: Path, out: Path) -> list[str | Path]:

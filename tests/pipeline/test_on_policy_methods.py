@@ -1,4 +1,4 @@
-"""Runs of every on-policy method, way to hold the KL, and kind of policy or reference: whole, and killed and resumed."""
+"""Runs of every on-policy method, hold of the KL, and kind of policy or reference: whole, and killed and resumed."""
 
 from __future__ import annotations
 

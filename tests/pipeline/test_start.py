@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from user_files import bring
 
-from kedge import cli
+from kedge import cli, pipeline, recipe
+from kedge.desk.world import word_tokenizer
+from kedge.errors import InputError
+from kedge.pipeline.tasks import inputs_of
+from kedge.progress import Interrupt, Progress
 from kedge.trace.jsonl import read_json_lines
 from kedge.trace.run_dir import RunDir
 
@@ -65,3 +70,21 @@ def test_a_start_on_other_data_or_another_model_is_refused(
 def test_a_start_that_is_no_run_is_refused(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert started(first, tmp_path / "run", "nowhere") == 2
     assert "there is no run of Kedge here" in capsys.readouterr().err
+
+
+def test_models_that_read_other_tokens_are_refused(plain: Path, start: Path, tmp_path: Path) -> None:
+    """A vocabulary depends on the texts a run learns from, and these on more than one key of the recipe."""
+    given = recipe.load(plain)
+    inputs = replace(inputs_of(given), tokenizer=word_tokenizer(["quite other words"]))
+    with pytest.raises(InputError, match="another tokenizer"):
+        pipeline.run(
+            given,
+            tmp_path / "run",
+            recipe_text="",
+            resume=False,
+            progress=Progress(quiet=True),
+            interrupt=Interrupt(),
+            start=start,
+            inputs=inputs,
+        )
+    assert not (tmp_path / "run").exists()

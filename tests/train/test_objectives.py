@@ -279,7 +279,7 @@ def test_a_members_loss_is_over_what_it_keeps_and_members_weigh_the_same() -> No
 
 
 def test_padded_pairs_are_not_weighed_by_the_balance_of_the_others() -> None:
-    """Three of four judged pairs went to the longer side, so that each counts 2/3 and the fourth 2; padding counts 1."""
+    """Three of four judged pairs went to the longer side: each counts 2/3 and the fourth 2. Padding counts 1."""
     judged_pairs = pairs([1.0] * 4, [5, 5, 5, 2], [2, 2, 2, 5])
     both = pairs([1.0] * 4 + [0.75] * 2, [5, 5, 5, 2, 3, 3], [2, 2, 2, 5, 9, 9])
     both = replace(both, invented=torch.tensor([False] * 4 + [True] * 2))

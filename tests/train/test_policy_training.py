@@ -122,7 +122,8 @@ def test_a_ratio_away_from_one_is_refused() -> None:
 
     of = learner()
     batch = experience(of)
-    stats = update(of, batch, UpdateSettings(1, 1, 0.2), torch.Generator(), return_variance=running_variance(None, batch))
+    variance = running_variance(None, batch)
+    stats = update(of, batch, UpdateSettings(1, 1, 0.2), torch.Generator(), return_variance=variance)
     require_ratio_one(stats, 2)
     with pytest.raises(InputError, match="policy step 2"):
         require_ratio_one(replace(stats, ratio_error=stats.ratio_error + 0.01), 2)

@@ -71,9 +71,7 @@ BETA = torch.linspace(0.0, 1.0, 32)
 
 def with_sequence_kl(model: Any, batch: Experience) -> Tensor:
     rollouts, reference = batch.scored.rollouts, batch.scored.reference.logprobs
-    kl = sum(
-        BETA[b] * ((lp - reference[b, : len(lp)]).sum() ** 2) / 2 for b, lp, _ in per_response(model, rollouts)
-    )
+    kl = sum(BETA[b] * ((lp - reference[b, : len(lp)]).sum() ** 2) / 2 for b, lp, _ in per_response(model, rollouts))
     return surrogate(model, batch) + kl / rollouts.response_mask.sum()
 
 

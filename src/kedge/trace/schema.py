@@ -90,7 +90,7 @@ METRICS: tuple[Metric, ...] = (
         ("kl/reference_per_sequence_k3", "nats per response", _RESPONSES, "k3: sum_t exp(-k1) - 1 + k1"),
         ("kl/original_per_sequence", "nats per response", _RESPONSES, "k1 against the supervised policy"),
         ("kl/beta", "reward per nat", "one value", "coefficient of the KL penalty in force"),
-        ("kl/check", "nats per response", "mean over fresh responses", "exact KL of every next token, after the update"),
+        ("kl/check", "nats per response", "mean over fresh responses", "exact KL of each next token, after the update"),
         ("kl/check_error", "nats per response", "standard error over them", "of `kl/check`"),
         ("kl/rejected", "updates", "one value", "taken back so far because they went past policy.kl.limit"),
         ("kl/branch", "returns", "one value", "returns so far to a policy inside policy.kl.limit"),
