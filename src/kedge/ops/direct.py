@@ -1,9 +1,9 @@
 """Losses of pairs that train a policy without a reward model, per pair; callers average them.
 
 h = log(pi / pi_ref) of the chosen response - that of the rejected one, in nats, each *summed* over the response's
-tokens. The sum is what the derivations are about: the policy that a loss is least at is pi_ref exp(something of the response),
-which is a statement on the probability of whole responses. With a mean over tokens that something would be multiplied
-by the response's length, and answers would be paid or charged for being long.
+tokens. The sum is what the derivations are about: the policy that a loss is least at is pi_ref exp(something of the
+response), which is a statement on the probability of whole responses. With a mean over tokens that something would be
+multiplied by the response's length, and answers would be paid or charged for being long.
 """
 
 from __future__ import annotations

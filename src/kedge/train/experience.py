@@ -40,9 +40,9 @@ def make_experience(
 
     `weights` turns channels into reward: a number or [B] per channel, or [B, C] for the channels in their order. A
     critic with one head per channel centres each channel; a critic with a single head becomes a channel of its own,
-    `critic`, without reward and with weight 1: by linearity of GAE the weighted sum is the same PPO advantage. Methods without a
-    critic put their baseline in its place; `gamma`, `lam` and `whiten` are for those with one. `loss_beta` is the
-    coefficient of a KL term in the loss, in reward per nat, a number or [B].
+    `critic`, without reward and with weight 1: by linearity of GAE the weighted sum is the same PPO advantage.
+    Methods without a critic put their baseline in its place; `gamma`, `lam` and `whiten` are for those with one.
+    `loss_beta` is the coefficient of a KL term in the loss, in reward per nat, a number or [B].
     """
     names = channel_names(tuple(scored.scores))
     rewards = _token_rewards(scored, kl_estimator)
