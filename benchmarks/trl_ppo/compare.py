@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parents[1] / "docs" / "results"
 TRL = ("trl", "trl-last-token")
 KEDGE = ("scalar", "scalar-epsilon", "channels", "own")
-SEEDS = 6
+SEEDS = 8
 FIGURES = ("score", "kl", "length", "entropy")
 FRESH_PROMPTS = 256
 SAMPLES = 256  # of the reference, per fresh prompt: what the frontier rests on
@@ -125,7 +125,7 @@ def gathered(out: Path, trl_python: Path, seeds: int) -> dict[str, Any]:
             "return_deviation": [min(deviations), max(deviations)] if deviations else None,
         }
     return {
-        "numbers": json.loads((out / "task" / "numbers.json").read_text(encoding="utf-8")),
+        "numbers": asdict(Numbers.load(out / "task")),
         "versions": versions(trl_python),
         "seeds": seeds,
         "curves": curves,
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--trl-python", type=Path, help="the Python that has trl 1.12.0")
     parser.add_argument("--out", type=Path, default=Path("runs/trl-ppo"))
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--workers", type=int, default=max(1, math.ceil((os.cpu_count() or 1) / 2)))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
     file = RESULTS / "trl-ppo.json"

@@ -27,17 +27,18 @@ NAMES = {
     "trl": "TRL 1.12.0",
     "trl-last-token": "TRL, score on the last token",
     "scalar": "Kedge, scalar critic",
+    "scalar-epsilon": "Kedge, scalar critic at TRL's pace",
     "channels": "Kedge, a head per channel",
     "own": "Kedge, its own settings",
 }
 PAIRS = (
     ("scalar", "trl"),
+    ("scalar-epsilon", "trl"),
+    ("scalar-epsilon", "trl-last-token"),
+    ("scalar", "trl-last-token"),
+    ("trl-last-token", "trl"),
     ("channels", "trl"),
     ("own", "trl"),
-    ("scalar", "trl-last-token"),
-    ("channels", "trl-last-token"),
-    ("own", "trl-last-token"),
-    ("trl-last-token", "trl"),
 )
 
 
@@ -160,8 +161,18 @@ def _edge(seeds: int) -> float:
     return float(np.sqrt(f_distribution.ppf(0.975, seeds - 1, seeds - 1)))
 
 
+NAMED = """Variants of one side differ in what their names say and in nothing else. So what separates *a head per
+channel* from *a scalar critic* is the critic (detail 1 of [the thirty](../ppo-details.md)): a value per reward
+channel, each learnt over the variance of its own return and started at that return's mean, against one value of their
+sum, which starts as the reward model's score, as TRL's does, and knows nothing yet of KL and missing EOS. *Its own
+settings* adds the clipping of gradients and a wider value clip. Variants of one side share their seeds, the first
+batch included: they are not independent of one another. *At TRL's pace* was added after a look at the first three
+seeds."""
+
+
 def _reading(found: dict[str, Any], comparisons: dict[tuple[str, str], Comparison]) -> str:
-    return "\n".join(f"- {_verdict(found, pair, comparisons[pair])}" for pair in PAIRS)
+    verdicts = "\n".join(f"- {_verdict(found, pair, comparisons[pair])}" for pair in PAIRS)
+    return f"{verdicts}\n\n{_paragraph(NAMED)}"
 
 
 def _verdict(found: dict[str, Any], pair: tuple[str, str], comparison: Comparison) -> str:
@@ -269,13 +280,14 @@ DETAILS = (
         "value loss (21)",
         "half the squared error, times 0.1",
         "the same over the running variance of the return, times 1",
-        "a factor on a loss that shares no weights changes Adam's steps only through epsilon",
+        "shared weights there are none, so a factor changes Adam's steps through its epsilon alone; *at TRL's pace* is "
+        "Kedge with the critic's epsilon raised by as much",
     ),
     (
         "value clip (21)",
         "0.2 reward units",
         "0.2 standard deviations of the return",
-        "they are {deviation} units",
+        "the deviation is {deviation} units",
     ),
     ("optimiser (4)", "one for policy and value", "one each", "the same steps: Adam works weight by weight"),
     (
@@ -316,12 +328,13 @@ def drawing(found: dict[str, Any]) -> str:
     for index, (figure, label) in enumerate(FIGURES.items()):
         x, y = (index % 2) * (PANEL + 10), (index // 2) * (HIGH + 40) + 24
         body.append(f'<g transform="translate({x} {y})">{_panel(found, figure, label)}</g>')
-    for index, (name, colour) in enumerate(COLOURS.items()):
-        x = 10 + index * 165
+    x = 6.0
+    for name, colour in COLOURS.items():
         body.append(
-            f'<path d="M{x} 12h18" stroke="{colour}" stroke-width="2" fill="none"{_dash(name)}/>'
-            f'<text x="{x + 23}" y="16">{escape(NAMES[name])}</text>'
+            f'<path d="M{x:.0f} 12h18" stroke="{colour}" stroke-width="2" fill="none"{_dash(name)}/>'
+            f'<text x="{x + 23:.0f}" y="16">{escape(NAMES[name])}</text>'
         )
+        x += 40 + 5.6 * len(NAMES[name])  # about the width of a letter
     title = "PPO of Kedge and of TRL 1.12.0, mean over seeds and one standard deviation"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
