@@ -205,7 +205,7 @@ def references(text: str) -> list[tuple[str, str]]:
 
 def located(path: str) -> Path:
     """Paths are relative to the repository, or to the package."""
-    return ROOT / path if path.startswith(("src/", "tests/", "tools/")) else SOURCES / path
+    return ROOT / path if path.startswith(("src/", "tests/", "tools/", "benchmarks/")) else SOURCES / path
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=named)

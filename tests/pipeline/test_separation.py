@@ -70,15 +70,14 @@ def test_only_policy_and_critic_move(recipe: Path, tmp_path: Path, monkeypatch: 
     from kedge.pipeline import tasks
 
     module = sys.modules["kedge.pipeline.policy"]
-    build, held, before = module._models, [], {}
+    build, held, before = module.learner_of, [], {}
 
-    def watched(context: Any) -> Any:
-        learner, reference, reward_model = build(context)
-        held[:] = [learner.policy, learner.critic, reference]
+    def watched(context: Any, policy: Any, reference: Any, critic: Any) -> Any:
+        held[:] = [policy, critic, reference]
         before.update({id(model): digest(model) for model in held})
-        return learner, reference, reward_model
+        return build(context, policy, reference, critic)
 
-    monkeypatch.setattr(module, "_models", watched)
+    monkeypatch.setattr(module, "learner_of", watched)
     monkeypatch.setattr(tasks, "DESK_PROMPTS", 64)
     monkeypatch.setattr(world, "HELD_OUT", 16)
     assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 0

@@ -8,6 +8,7 @@ are numbers beside the score, such as the thresholds between grades; each member
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -209,8 +210,11 @@ def objective_of(judgments: Judgments, kind: Kind, settings: RewardSettings, mem
         return PlackettLuce(grades, mask)
     ties_count = settings.loss == "davidson"
     wins, ties = _votes(grades, ties_count) if kind == "pair" else _places(judgments, settings, ties_count)
-    if settings.length in ("resample", "padded_pairs"):
+    if settings.length == "resample":
         wins = _balanced(wins, judgments)
+    elif settings.length == "padded_pairs":
+        with suppress(Unteachable):  # where only one side wins, padding alone says what length is worth
+            wins = _balanced(wins, judgments)
     if settings.loss == "margin":
         return Margin(wins, judgments.margin)
     return Davidson(wins, ties, members) if ties_count else Pairwise(wins, _pair_loss(settings))
@@ -218,9 +222,7 @@ def objective_of(judgments: Judgments, kind: Kind, settings: RewardSettings, mem
 
 def _balanced(wins: Tensor, judgments: Judgments) -> Tensor:
     """Longer and shorter winners alike among what was judged; what padding makes up stays as it is."""
-    if judgments.invented is None:
-        return balanced(wins, judgments.lengths)
-    judged = ~judgments.invented
+    judged = torch.ones(len(wins), dtype=torch.bool) if judgments.invented is None else ~judgments.invented
     weighed = wins.clone()
     weighed[judged] = balanced(wins[judged], judgments.lengths[judged])
     return weighed
