@@ -144,17 +144,12 @@ def page(found: dict[str, Any]) -> tuple[str, str]:
 
 def _rule(found: dict[str, Any]) -> str:
     edge, tests = _edge(found["seeds"]), len(FIGURES) * WINDOWS
-    return (
-        _paragraph(
-            f"""Four figures (score, KL, length, entropy) in {WINDOWS} windows of the run; a seed's value is its mean
-        over the window's steps. Two variants *agree within seed spread* where (1) Welch's test tells them apart at none of
-        the {tests} points, at p < {LEVEL}/{tests} (Bonferroni), and (2) for every figure the difference, averaged
+    rule = f"""Four figures (score, KL, length, entropy) in {WINDOWS} windows of the run; a seed's value is its mean
+        over the window's steps. Two variants *agree within seed spread* where (1) Welch's test tells them apart at none
+        of the {tests} points, at p < {LEVEL}/{tests} (Bonferroni), and (2) for every figure the difference, averaged
         without its sign over the windows, is smaller than one standard deviation between seeds. With
         {found["seeds"]} seeds, equal spreads have a ratio between {1 / edge:.2f} and {edge:.2f} in 95% of cases."""
-        )
-        + "\n\n"
-        + _paragraph(LOOKED)
-    )
+    return f"{_paragraph(rule)}\n\n{_paragraph(LOOKED)}"
 
 
 def _paragraph(text: str) -> str:
@@ -172,10 +167,9 @@ rule was not touched. *At TRL's pace* was added after the first of these looks; 
 NAMED = """Variants of one side differ in what their names say and in nothing else. So what separates *a head per
 channel* from *a scalar critic* is the critic (detail 1 of [the thirty](../ppo-details.md)): a value per reward
 channel, each learnt over the variance of its own return and started at that return's mean, against one value of their
-sum, which starts as the reward model's score, as TRL's does, and knows nothing yet of KL and missing EOS. *Its own
-settings* adds the clipping of gradients and a wider value clip. Variants of one side share their seeds, the first
-batch included: they are not independent of one another. Which part of
-the critic does it (the heads, their start, the shared trunk) was not taken apart."""
+sum, which starts as the reward model's score, as TRL's does, and knows nothing yet of KL and missing EOS. Which part
+of that does it was not taken apart. *Its own settings* adds the clipping of gradients and a wider value clip. Variants
+of one side share their seeds, the first batch included: they are not independent of one another."""
 
 
 def _reading(found: dict[str, Any], comparisons: dict[tuple[str, str], Comparison]) -> str:

@@ -191,7 +191,7 @@ class Policy(Section):
     epochs: Count = Field(2, description="passes over the responses of a step")
     minibatches: Count = Field(2, description="optimiser steps per epoch")
     microbatch: Count = Field(256, description="rows per forward pass; changes memory, not the result")
-    lr: Positive = Field(1e-3, description="learning rate of the policy")
+    lr: Positive = Field(3e-4, description="learning rate of the policy")
     critic_lr: Positive = Field(1e-3, description="learning rate of the critic")
     final_lr: Share = Field(0.1, description="both rates at the last step, as a share; linear in between")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
