@@ -100,9 +100,12 @@ def require_comparisons(recipe: Recipe, task: Task) -> None:
 def judged(context: Context) -> tuple[Judgments, Judgments]:
     """The judgments of the reward model's stage, to learn from and held out: the user's, or the pairs made there.
 
-    Raises `InputError` where that stage left none.
+    What padding made up for a reward model is no judgment. Raises `InputError` where that stage left none.
     """
-    return sides(context, _judgments(context))
+    training, testing = sides(context, _judgments(context))
+    if training.invented is not None:
+        training = training.rows((~training.invented).nonzero().squeeze(1))
+    return training, testing
 
 
 def _judgments(context: Context) -> Sequence[Judgment]:
