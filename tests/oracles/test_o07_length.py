@@ -51,7 +51,10 @@ def test_the_enumerated_optimum_has_the_length_of_the_closed_form(pull: float) -
     assert expected_length(task, task.optimum) == pytest.approx(in_closed_form(END, pull), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["ppo", "rloo", "reinforce_pp"])
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("rloo", "reinforce_pp")]
+
+
+@pytest.mark.parametrize("method", ["ppo", *SLOW])
 def test_training_reaches_that_length(method: str) -> None:
     """The pay is the `length` channel's, not the score's."""
     pull = 0.2
