@@ -25,7 +25,7 @@ from kedge.pipeline.follow import begin, follow
 from kedge.pipeline.learners import learner_of, references, trainable_policy
 from kedge.pipeline.watch import prepare_watch
 from kedge.recipe.length_rewards import length_rewards
-from kedge.recipe.methods import unread
+from kedge.recipe.methods import kl_in_words, unread
 from kedge.recipe.sections import Kl
 from kedge.rollout.reward import judge
 from kedge.rollout.rules import RuleReward
@@ -76,6 +76,7 @@ def _on_policy(context: Context) -> None:
     if state.step == 0:
         if tie.guard is not None:
             tie.guard.require_inside(policy)
+        context.event("policy", 0, "kl", kl_in_words(recipe.policy.kl))
         if recipe.policy.kl.study:
             what = f"policy.kl.estimator = {recipe.policy.kl.estimator} is under study: it need not hold the policy"
             context.event("policy", 0, "study", what)

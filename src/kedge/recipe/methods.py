@@ -63,6 +63,8 @@ def bad_policy(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "policy.kl.horizon", what, f"use more than {0.2 * episodes:g}, such as 10000"
     if kl.mode in ("adaptive", "lagrangian") and kl.beta == 0:
         yield "policy.kl.beta", f"0 stays 0 in {kl.mode} mode, which multiplies it", "start above 0, such as 0.05"
+    if kl.mode == "pid" and kl.integral == 0:
+        yield "policy.kl.integral", "without it a beta settles away from its target", "such as 0.02"
 
 
 def unread(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -79,6 +81,33 @@ def unread(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "policy.kl.at_limit", "is not read without a policy.kl.limit"
     if not policy.overlong_penalty and _changed(policy, "overlong_buffer"):
         yield "policy.overlong_buffer", "is not read where policy.overlong_penalty is 0"
+
+
+_ESTIMATES = {
+    ("reward", "k1"): "log policy - log reference on each token",
+    ("reward", "k2"): "half the squared log-ratio of each token",
+    ("reward", "k3"): "exp(-k) - 1 + k of each token's log-ratio k",
+    ("reward", "abs"): "the absolute log-ratio of each token",
+    ("loss", "k1"): "the log-ratio of each token",
+    ("loss", "k2"): "half the squared log-ratio of each response",
+    ("loss", "k3"): "exp(-k) - 1 + k of each token's log-ratio k",
+    ("loss", "full"): "the exact KL of each next token with that of the tokens after it",
+}
+
+
+def kl_in_words(kl: Kl) -> str:
+    """Where the divergence counts, what estimates it, how much it counts and what limits it, with units."""
+    estimator = kl.estimator or ("k1" if kl.place == "reward" else "k2")
+    strength = f"beta {kl.beta:g} reward per nat"
+    if kl.mode != "fixed":
+        strength = f"beta from {kl.beta:g} reward per nat, {kl.mode} towards {kl.target:g} nats per sequence"
+    if kl.budgets is not None:
+        shares = ", ".join(f"{share:g}" for share in kl.budgets)
+        strength += f", budgets {shares} by the reference's length"
+    held = "" if kl.limit is None else f"; at {kl.limit:g} nats per sequence: {kl.at_limit}"
+    return (
+        f"KL(policy || reference) in the {kl.place}, {estimator}: {_ESTIMATES[kl.place, estimator]}; {strength}{held}"
+    )
 
 
 def _bad_estimator(kl: Kl) -> Iterator[tuple[str, str, str]]:
