@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "product of experts": ("reward.length=product",),
     "length-balanced pairs": ("reward.length=resample",),
     "padded residual, 1.5": ("reward.length=padded_residual", "reward.length_share=1.5"),
+    "padded residual, 2": ("reward.length=padded_residual", "reward.length_share=2.0"),
     "padded residual, 1.5, 3 models": (
         "reward.members=3",
         "reward.length=padded_residual",

@@ -41,6 +41,10 @@ class InputError(KedgeError):
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[tuple[Problem, ...]]]:
+        """Between processes an exception travels as its arguments; these are the problems, not their text."""
+        return type(self), (self.problems,)
+
 
 class DivergenceError(KedgeError):
     """Training produced a number that is not finite; the last good checkpoint is kept."""
