@@ -181,11 +181,14 @@ def _reading(found: Sequence[Row]) -> list[str]:
     ranking = ", ".join(f"{name} {_mean_efficiency(rows[name]):.2f}" for name in ranked)
     steered = {name: [_over_target(row) for row in mine] for name, mine in rows.items() if _over_target(mine[0])}
     held = [name for name, aims in steered.items() if all(abs((one or 0) - 1) <= 0.1 for one in aims)]
-    return [
+    reading = [
         f"- Learns in every seed: {len(learnt)} of {len(rows)} rows; not: {', '.join(failed) or 'none'}.",
         f"- Optimisers by mean efficiency at the end: {ranking}.",
-        f"- Within 10% of the target in every seed, of {', '.join(steered)}: {', '.join(held) or 'none'}.",
     ]
+    if steered:
+        named = ", ".join(steered)
+        reading.append(f"- Within 10% of the target in every seed, of {named}: {', '.join(held) or 'none'}.")
+    return reading
 
 
 def _mean_efficiency(mine: Sequence[Row]) -> float:
