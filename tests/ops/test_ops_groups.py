@@ -51,6 +51,7 @@ def test_gae_over_them_is_reward_of_the_response_less_the_baseline(
     rewards = torch.from_numpy(rng.normal(size=(batch, length, channels))) * mask.unsqueeze(-1)
     baseline = torch.from_numpy(rng.normal(size=(batch, channels)))
     values = whole_response_values(rewards, mask, baseline)
+    assert not values[~mask].any()
     advantages, _ = gae(rewards, values, mask, gamma=1.0, lam=1.0)
     for b in range(batch):
         for c in range(channels):

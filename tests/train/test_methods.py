@@ -124,6 +124,12 @@ def test_reinforce_pp_whitens_the_reward_to_go(seed: int) -> None:
     assert_tokens(found, hand, lambda b, t: (hand.to_go(b, t) - mean) / math.sqrt(deviation**2 + 1e-8))
 
 
+def test_whitening_is_a_choice_only_with_a_critic() -> None:
+    of = scored(5)
+    found = {name: make_experience(of, weights=WEIGHTS, whiten=False, method=METHODS[name]) for name in METHODS}
+    assert {name for name, batch in found.items() if (batch.scale != 1).any()} == {"grpo", "reinforce_pp"}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_parts_of_every_method_sum_to_its_advantage(name: str) -> None:
     """Channel by channel: weight times (reward to go less value), over the scale, less the shift; in any method."""
