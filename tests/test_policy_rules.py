@@ -89,3 +89,9 @@ def test_what_nothing_reads_is_named() -> None:
         "policy.kl.rate": 'is not read where policy.kl.mode = "fixed"',
     }
     assert list(unread(recipe.build({}))) == []
+
+
+@pytest.mark.parametrize("given", ["[1, 2]", "[1, 2, 0]", '[1, "a", 2]', "3"])
+def test_budgets_are_three_numbers_which_is_said_of_the_key(given: str) -> None:
+    found = problems(f"policy.kl.budgets={given}")["policy.kl.budgets"]
+    assert "expected a list of three numbers > 0" in found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from processes import Stop, assert_same, kedge, lines, ran, stage_lines
 from safetensors.torch import load_file
 
+from kedge import cli
 from kedge.trace.reader import read_run
 from kedge.trace.schema import describe
 
@@ -29,7 +32,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "reject": ("policy.kl.limit=0.001", "policy.lr=0.01"),
     "rollback": ("policy.kl.limit=0.001", "policy.kl.at_limit=rollback", "checkpoint.every=2", "policy.lr=0.01"),
     "adapters": ("policy.lora_rank=2", "policy.lr=0.01", "policy.critic=scalar"),
-    "rounds": ("policy.reference_every=2", "policy.lr=0.01", "policy.score_normalisation=prompt"),
+    "rounds": (
+        "policy.reference_every=2",
+        "policy.lr=0.01",
+        "policy.score_normalisation=prompt",
+        "policy.kl.budgets=[0.5, 1, 2]",
+    ),
     "shaped": (
         "policy.overlong_penalty=0.5",
         "policy.overlong_buffer=4",
@@ -130,3 +138,18 @@ def test_a_path_is_a_reference(plain: Path, start: Path, finished: dict[str, Pat
     first = stage_lines(out, "policy")[0]
     assert first["kl/original_per_sequence"] == pytest.approx(0, abs=1e-4)
     assert abs(first["kl/reference_per_sequence"]) > 1e-4
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(
+    plain: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(start / "models" / "sft", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    first, last = sorted(words, key=words.__getitem__)[-2:]
+    words[first], words[last] = words[last], words[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    command = [*arguments("ppo", plain, tmp_path / "run", start), "--set", f"policy.reference={other}"]
+    assert cli.main([str(word) for word in command]) == 2
+    assert "another tokenizer" in capsys.readouterr().err

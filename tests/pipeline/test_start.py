@@ -76,7 +76,7 @@ def test_models_that_read_other_tokens_are_refused(plain: Path, start: Path, tmp
     """A vocabulary depends on the texts a run learns from, and these on more than one key of the recipe."""
     given = recipe.load(plain)
     inputs = replace(inputs_of(given), tokenizer=word_tokenizer(["quite other words"]))
-    with pytest.raises(InputError, match="another tokenizer"):
+    with pytest.raises(InputError, match="another tokenizer than this run"):
         pipeline.run(
             given,
             tmp_path / "run",

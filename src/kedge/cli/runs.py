@@ -89,7 +89,7 @@ def policy(
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Only PPO and its evaluation; with --resume, from the models already in the folder."""
+    """Only the policy's optimisation and its evaluation; with --resume, from the models already in the folder."""
     _run_stages(recipe, ("policy", "evaluate"), out, settings, start, resume=resume, as_json=as_json)
 
 

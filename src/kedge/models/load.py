@@ -111,6 +111,15 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def require_same_tokens(folder: Path, tokenizer: Any, remedy: str) -> None:
+    """Raise `InputError` if the model in `folder` reads other token ids than `tokenizer` writes; no folder is no model.
+
+    A vocabulary made from texts differs with the texts, and a model that reads another one fails without a word.
+    """
+    if folder.is_dir() and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise InputError(Problem(str(folder), "this model was made with another tokenizer than this run's", remedy))
+
+
 def load_classifier(path: str | Path, heads: int = 1) -> Any:
     """The `AutoModelForSequenceClassification` with `heads` labels in a folder or on the Hub, eval mode.
 

@@ -69,10 +69,10 @@ def _on_policy(context: Context) -> None:
     rewarders = _rewarders(context, reward_model, reference, prompts)
     learner = learner_of(context, policy, reference, _critic(context, reward_model, tuple(rewarders)))
     settings = policy_settings(context)
+    tie = _tie(context, reference, pool)  # before a checkpoint moves the reference: its groups are those of the start
     running = RunningScore() if recipe.policy.score_normalisation == "running" else None
     state = begin(context, learner, State(0, controllers(recipe.policy.kl), score=running))
     watch = prepare_watch(context, original, reward_model)
-    tie = _tie(context, reference, pool)
     if state.step == 0:
         if tie.guard is not None:
             tie.guard.require_inside(policy)
@@ -96,7 +96,8 @@ def _on_policy(context: Context) -> None:
 
     def record(writer: TraceWriter, step: Step) -> dict[str, float]:
         doubt = _uncertainty(context, reward_model, reference, step)
-        return _record(context, writer, step, doubt, prompts, original)
+        since = _since_the_start(context, step, None if original is reference else original)
+        return _record(context, writer, step, doubt, prompts, since)
 
     follow(context, learner, watch, state, steps, record)
 
@@ -259,21 +260,27 @@ def _uncertainty(context: Context, reward_model: RewardModel, reference: Any, st
     return uncertainty(reward_model, scored.opinions["score"], rollouts, answers)
 
 
+def _since_the_start(context: Context, step: Step, original: Any | None) -> Tensor:
+    """[B] k1 of each response against the supervised policy; None says that it is the reference."""
+    if original is None:
+        return step.experience.kl_per_response()
+    scored, settings = step.experience.scored, context.recipe.policy
+    return sequence_kl(
+        original,
+        scored.rollouts,
+        scored.old.logprobs,
+        temperature=settings.temperature,
+        eos_id=context.eos_id,
+        microbatch=settings.microbatch,
+    )
+
+
 def _record(
-    context: Context, writer: TraceWriter, step: Step, doubt: Uncertainty, prompts: list[str], original: Any
+    context: Context, writer: TraceWriter, step: Step, doubt: Uncertainty, prompts: list[str], since: Tensor
 ) -> dict[str, float]:
     """Metrics, trace rows, events and timings of one step; returns the metrics."""
     began = time.perf_counter()
-    scored = step.experience.scored
-    rollouts = scored.rollouts
-    since = sequence_kl(
-        original,
-        rollouts,
-        scored.old.logprobs,
-        temperature=context.recipe.policy.temperature,
-        eos_id=context.eos_id,
-        microbatch=context.recipe.policy.microbatch,
-    )
+    rollouts = step.experience.scored.rollouts
     figures = step_metrics(step, doubt) | {"kl/original_per_sequence": float(since.mean())}
     keep_text = context.recipe.trace.text != "none"
     writer.write_step(

@@ -15,7 +15,7 @@ import torch
 
 from kedge import __version__
 from kedge.errors import DivergenceError, InputError, Interrupted, Problem
-from kedge.models.load import load_tokenizer
+from kedge.models.load import require_same_tokens
 from kedge.pipeline.context import Context
 from kedge.pipeline.direct import require_comparisons
 from kedge.pipeline.policy import optimised
@@ -62,7 +62,8 @@ def run(
         _refuse_start(RunDir(start), recipe)
     inputs = inputs or inputs_of(recipe)
     if start is not None:
-        _refuse_other_tokens(RunDir(start), inputs.tokenizer)
+        remedy = "give the settings it was made with, or leave --start out"
+        require_same_tokens(RunDir(start).models / "sft", inputs.tokenizer, remedy)
     require_comparisons(recipe, inputs.task)
     rules = {name: rule_reward(name, rule) for name, rule in recipe.rewards.items()}
     folder = RunDir.create(out, resume=resume)
@@ -99,14 +100,6 @@ def _refuse_start(folder: RunDir, recipe: Recipe) -> None:
     for given in (before, now):
         given["desk"] = {"demonstrations": given["desk"]["demonstrations"]}
     _refuse(folder, _differences(before, now), "give the settings it was made with, or leave --start out")
-
-
-def _refuse_other_tokens(folder: RunDir, tokenizer: Any) -> None:
-    """Raise `InputError` if the models in `folder` read other token ids: a vocabulary depends on the texts of a run."""
-    taken = folder.models / "sft"
-    if taken.is_dir() and load_tokenizer(taken).get_vocab() != tokenizer.get_vocab():
-        what = "its models were made with another tokenizer: this recipe's texts differ from those it saw"
-        raise InputError(Problem(str(taken), what, "give the settings it was made with, or leave --start out"))
 
 
 def _began_with(folder: RunDir) -> dict[str, Any]:

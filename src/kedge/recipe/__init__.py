@@ -223,12 +223,12 @@ def _lines(text: str) -> dict[str, int]:
 
 
 def _explain(detail: Any, place: Callable[[str], str]) -> Problem:
-    name = ".".join(str(part) for part in detail["loc"])
+    name = ".".join(part for part in detail["loc"] if isinstance(part, str))  # a number is a place in a list
     where = place(name)
     if detail["type"] == "extra_forbidden":
         return _unknown(where, name)
     key, given = _key(name), _shown(detail["input"])
-    if detail["type"] == "missing" and key is not None:
+    if detail["type"] == "missing" and key is not None and isinstance(detail["loc"][-1], str):
         return Problem(where, "is missing", f"write {name} = {key.allowed}")
     if detail["loc"][-1] == "[key]":
         return Problem(
