@@ -58,7 +58,9 @@ OPTIMISERS: dict[str, Settings] = {
     "dpo": _single("dpo", PAIRS),
     "ipo": _single("ipo", PAIRS, "policy.kl.beta=0.1"),  # tau is in preference probability, not in score
     "online_dpo": _grouped("online_dpo", "policy.kl.beta=1.0", "policy.label_smoothing=0.1", size=2),
+    "online_dpo, beta 0.3, labels as they are": _grouped("online_dpo", size=2),
     "rejection": _grouped("rejection", "policy.epochs=1", "policy.minibatches=1"),
+    "rejection, two epochs of two": _grouped("rejection"),
     "best_of_n": (*COMMON, "policy.method=best_of_n", "policy.samples_per_prompt=8"),
 }
 STEERED = ("beta=0.15", "target=1.5")

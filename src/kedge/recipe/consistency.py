@@ -10,8 +10,10 @@ from urllib.parse import urlsplit
 from kedge.recipe.methods import bad_policy
 from kedge.recipe.sections import Data, Desk, Recipe, Rule
 
-RESERVED: tuple[str, ...] = ("score", "kl", "length", "missing_eos", "critic", "choice", "whitening")
-RESERVED += ("overlong", "over_target", "repetition")
+RESERVED = (
+    *("score", "kl", "length", "missing_eos", "critic", "choice", "whitening"),
+    *("overlong", "over_target", "repetition"),
+)
 # The first one is needed.
 _KEYS_OF_RULES = {"python": ("function",), "regex": ("pattern",), "http": ("url", "timeout", "retries")}
 

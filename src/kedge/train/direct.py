@@ -124,8 +124,10 @@ def pair_loss(usual: Tensor, loss: PairLoss) -> SequenceLoss:
 
 @torch.no_grad()
 def examine_pairs(policy: Any, reference: Any, judgments: Judgments, settings: DirectSettings) -> dict[str, float]:
-    """The figures of `PAIR_METRICS` over all judged pairs, without learning from them."""
-    pairs = preference_pairs(judgments)
+    """The figures of `PAIR_METRICS` over all judged pairs, without learning from them; none where all are ties."""
+    pairs = _decided(judgments)
+    if not len(pairs):
+        return {}
     own, usual = (sequence_logprobs(model, judgments.responses, settings) for model in (policy, reference))
     found = pair_loss(usual, loss_of(settings))(own[pairs], pairs)
     return {metric: float(found[name].mean()) for name, metric in PAIR_METRICS.items()}
@@ -145,12 +147,17 @@ def preference_pairs(judgments: Judgments) -> Tensor:
 
     Raises `InputError` where there is none, as for ratings and verdicts, which say nothing of two responses.
     """
+    pairs = _decided(judgments)
+    if not len(pairs):
+        what = "no judgment says which of two responses to a prompt is better"
+        raise InputError(Problem("policy.method", what, "give pairs or rankings, or choose an on-policy method"))
+    return pairs
+
+
+def _decided(judgments: Judgments) -> Tensor:
     grades, mask = judgments.grades, judgments.mask
     over = (grades.unsqueeze(2) > grades.unsqueeze(1)) & mask.unsqueeze(2) & mask.unsqueeze(1)
     item, better, worse = over.nonzero(as_tuple=True)
-    if not len(item):
-        what = "no judgment says which of two responses to a prompt is better"
-        raise InputError(Problem("policy.method", what, "give pairs or rankings, or choose an on-policy method"))
     return torch.stack([judgments.index[item, better], judgments.index[item, worse]], dim=1)
 
 
