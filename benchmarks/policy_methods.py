@@ -43,6 +43,12 @@ def _held(*settings: str) -> Settings:
     return (*COMMON, *(f"policy.kl.{setting}" for setting in settings))
 
 
+def _steered(mode: str, *settings: str) -> Settings:
+    """PPO whose KL a controller steers, over a longer run."""
+    longer = (f"policy.steps={STEERED_STEPS}", "evaluate.every=10", "policy.final_lr=0.5")
+    return (*_held(f"mode={mode}", *STEERED, *settings), *longer)
+
+
 # One optimiser step a batch, where the others make four.
 ONE_STEP = ("policy.lr=1e-3",)
 # A pair is two responses: half as many pairs are as many responses.
@@ -63,23 +69,25 @@ OPTIMISERS: dict[str, Settings] = {
     "rejection, two epochs of two": _grouped("rejection"),
     "best_of_n": (*COMMON, "policy.method=best_of_n", "policy.samples_per_prompt=8"),
 }
-STEERED = ("beta=0.15", "target=1.5")
-LIMITED = ("beta=0.05", "limit=1.5")
-TARGET, LIMIT = 1.5, 1.5
+# A controller needs time to settle after the policy has come to the target.
+STEERED_STEPS, TARGET, LIMIT = 100, 1.0, 1.5
+STEERED = ("beta=0.3", f"target={TARGET}")
+HORIZON = f"horizon={STEERED_STEPS * RESPONSES // 20}"
+LIMITED = ("beta=0.05", f"limit={LIMIT}")
 CONTROLS: dict[str, Settings] = {
     "beta 0.05": _held("beta=0.05"),
     "beta 0.15": _held("beta=0.15"),
     "beta 0.6": _held("beta=0.6"),
-    # The horizon is scaled to the run: 3,840 responses in all.
-    "adaptive": _held("mode=adaptive", "horizon=400", *STEERED),
-    "lagrangian": _held("mode=lagrangian", *STEERED),
-    "pid": _held("mode=pid", *STEERED),
+    # The horizon is scaled to the run: a twentieth of its responses.
+    "adaptive": _steered("adaptive", HORIZON),
+    "lagrangian": _steered("lagrangian"),
+    "pid": _steered("pid"),
     "loss, k2": _held("place=loss", "estimator=k2", "beta=0.3"),
     "loss, full": _held("place=loss", "estimator=full", "beta=0.3"),
     "limit, stop": _held("at_limit=stop", *LIMITED),
     "limit, reject": _held("at_limit=reject", *LIMITED),
     "limit, rollback": (*_held("at_limit=rollback", *LIMITED), "checkpoint.every=5"),
-    "budgets": _held("mode=adaptive", "horizon=400", *STEERED, "budgets=[0.5, 1.0, 1.5]"),
+    "budgets": _steered("adaptive", HORIZON, "budgets=[0.5, 1.0, 1.5]"),
 }
 ROWS = OPTIMISERS | CONTROLS
 SCORE_CLEAR, GOLD_CLEAR = 0.15, 0.25  # three standard errors of a difference over 512 prompts
@@ -116,7 +124,8 @@ def render(found: list[Row]) -> str:
         "",
         "## KL controls",
         "",
-        f"All are PPO. Steered betas aim at {TARGET} nats; limits are at {LIMIT} nats with beta 0.05. *Over target*:",
+        f"All are PPO. Steered betas aim at {TARGET} nats, over {STEERED_STEPS} steps whose learning rates halve;",
+        f"limits are at {LIMIT} nats with beta 0.05. *Over target*:",
         "mean KL of the training batches in the last half of the run, over the target. *Not done*: optimiser steps",
         "left out; updates undone; returns to a checkpoint.",
         "",

@@ -54,8 +54,9 @@ ALPHA, BETA = 1.4, 0.9
 
 def test_the_plan_of_the_demo() -> None:
     found = plan(DEMO, seeds=3, quick=False)
-    assert [(judge.labels, judge.members) for judge in found.judges] == [(500, 1), (2000, 1), (5000, 1), (2000, 3)]
-    assert found.main == Judge(5000, 1)
+    labels = [(500, 64), (2000, 64), (5000, 64)]
+    assert [(judge.labels, judge.hidden) for judge in found.judges] == [*labels, (5000, 32), (5000, 16)]
+    assert found.main == Judge(5000, 64)
     assert [run for run in found.runs() if run[0] == found.main] == [
         (found.main, beta) for beta in (0.02, 0.05, 0.1, 0.2, 0.4)
     ]
@@ -70,10 +71,11 @@ def test_every_job_comes_after_what_it_needs_and_the_quick_study_is_smaller() ->
         names = [job.name for job in found]
         assert len(set(names)) == len(names)
         assert all(names.index(needed) < names.index(job.name) for job in found for needed in job.needs)
-    assert (len(whole), len(quick)) == (42, 7)
+    assert (len(whole), len(quick)) == (3 * (3 + 5 + 1 + 9), 2 + 3 + 1 + 4)
     needs = {job.name: job.needs for job in whole}
-    assert needs["labels-500-beta-0.05-2"] == ("labels-500-2",)
-    assert len(needs["samples-1"]) == 4
+    assert needs["labels-500-width-64-beta-0.05-2"] == ("labels-500-width-64-2",)
+    assert set(needs["labels-5000-width-16-1"]) == {"sft-1", "sft-width-16-1"}
+    assert len(needs["samples-1"]) == 5
 
 
 def test_a_world_that_does_not_know_gold_is_refused() -> None:
@@ -121,7 +123,7 @@ def test_the_law_of_the_policies_is_found(found: dict[str, Any]) -> None:
 
 def test_too_short_runs_are_named_and_not_fitted(found: dict[str, Any]) -> None:
     refused = [law for law in found["laws"] if "refused" in law]
-    assert [(law["labels"], law["members"]) for law in refused] == [(2000, 1), (2000, 3)]
+    assert [(law["labels"], law["hidden"]) for law in refused] == [(2000, 64)]
     assert "a law needs 5" in refused[0]["refused"]
     assert any("no law fitted: 1 different d" in line for line in lines(found))
 
@@ -139,7 +141,7 @@ def test_the_best_of_n_is_unbiased_and_pays_the_usual_kl(found: dict[str, Any]) 
     two = np.mean([p["proxy"] for p in mine if p["strength"] == 2])
     assert two == pytest.approx(np.sqrt(2) / np.sqrt(np.pi), abs=0.06)  # E max of two normal numbers of variance 2
     laws = [law for law in found["laws"] if law["form"] == "best_of_n"]
-    assert len(laws) == 4 and all(law["alpha"]["low"] < law["alpha"]["value"] < law["alpha"]["high"] for law in laws)
+    assert len(laws) == 5 and all(law["alpha"]["low"] < law["alpha"]["value"] < law["alpha"]["high"] for law in laws)
 
 
 def test_ends_say_where_gold_was_highest(found: dict[str, Any]) -> None:
@@ -148,14 +150,14 @@ def test_ends_say_where_gold_was_highest(found: dict[str, Any]) -> None:
     assert row["highest_at"][0] == pytest.approx(turn, abs=0.5)
     assert row["gold"][0] < row["highest_gold"][0]
     assert row["length"] == [46, 46, 46]
-    assert len(found["ends"]) == 8 + 4
+    assert len(found["ends"]) == 9 + 5
 
 
 def test_the_page_holds_all_it_shows(found: dict[str, Any], tmp_path: Path) -> None:
     page = write_study(json.loads(json.dumps(overoptimisation._plain(found))), tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", page)
     assert page.count('<svg class="plot"') == 7
-    assert "beta 0.02" in page and "2000 labels, 3 members" in page and "not fitted" in page
+    assert "beta 0.02" in page and "5000 labels, width 16" in page and "not fitted" in page
     text = (tmp_path / "overoptimisation.md").read_text(encoding="utf-8")
     assert "| policy, beta 0.02 |" in text and "| best of 64 |" in text and "nan" not in text
 
@@ -220,7 +222,8 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path, capsys: pytest.
     assert {point["optimiser"] for point in written["points"]} == {"policy", "best_of_n"}
     samples = Samples.load(tmp_path / "out" / "samples-0.npz")
     assert {values.shape for values in (*samples.scores.values(), *samples.truth.values())} == {(12, 64)}
-    assert list(samples.scores) == ["labels-16", "labels-40"] and {"gold", "correct"} <= set(samples.truth)
+    assert list(samples.scores) == ["labels-16-width-16", "labels-40-width-16", "labels-40-width-8"]
+    assert {"gold", "correct"} <= set(samples.truth)
     assert (samples.logprobs < 0).all() and (samples.lengths >= 1).all() and (samples.lengths <= 8).all()
     # What is done is left alone; what is missing is made again, and comes out the same.
     (tmp_path / "out" / "done" / "samples-0.done").unlink()

@@ -2,9 +2,7 @@
 
 What a policy is trained for, the score, goes on rising while what people want, gold, turns. The study takes policies at
 several strengths of the KL penalty, and the best of n answers, from reward models that learnt from fewer and from more
-labels and have one or several members; plots both against d = sqrt(KL); and fits the laws of `kedge.experiment.laws`.
-
-The size of a reward model is that of the policy it starts from, so members stand in for size.
+labels and are narrower than the policy; plots both against d = sqrt(KL); and fits the laws of `kedge.experiment.laws`.
 """
 
 from __future__ import annotations
@@ -62,23 +60,39 @@ def _begin(plan: Plan, out: Path, *, resume: bool) -> None:
 def jobs(plan: Plan, out: Path) -> list[Job]:
     """Supervised policies first, then what waits for them, seeds in turn, so that no core idles."""
     found = []
+    widths = sorted({judge.hidden for judge in plan.judges}, reverse=True)
     for seed in plan.seeds:
-        found.append(Job(f"sft-{seed}", partial(_stage, plan, seed, "sft", out / f"sft-{seed}", None, ())))
+        for width in widths:
+            out_of = out / _sft_name(plan, width, seed)
+            work = partial(_stage, plan, seed, "sft", out_of, None, (f"model.hidden={width}",))
+            found.append(Job(out_of.name, work))
     for seed in plan.seeds:
         sft = out / f"sft-{seed}"
-        for judge in sorted(plan.judges, key=lambda judge: -judge.labels * judge.members):
-            name = f"{judge.name}-{seed}"
-            work = partial(_stage, plan, seed, "reward", out / name, sft, judge.settings())
-            found.append(Job(name, work, (sft.name,)))
+        for judge in sorted(plan.judges, key=lambda judge: -judge.labels * judge.hidden):
+            name, base = f"{judge.name}-{seed}", _sft_name(plan, judge.hidden, seed)
+            work = partial(_stage, plan, seed, "reward", out / name, sft, _settings(plan, judge, seed, out))
+            found.append(Job(name, work, tuple({sft.name, base})))
     for seed in plan.seeds:
         needs = tuple(f"{judge.name}-{seed}" for judge in plan.judges)
         found.append(Job(f"samples-{seed}", partial(_sample, plan, seed, out), needs))
         for judge, beta in plan.runs():
             start, name = out / f"{judge.name}-{seed}", _run_name(judge, beta, seed)
-            settings = (*judge.settings(), "policy.kl.mode=fixed", f"policy.kl.beta={beta}")
+            settings = (*_settings(plan, judge, seed, out), "policy.kl.mode=fixed", f"policy.kl.beta={beta}")
             work = partial(_stage, plan, seed, "policy", out / name, start, settings)
             found.append(Job(name, work, (start.name,)))
     return found
+
+
+def _sft_name(plan: Plan, width: int, seed: int) -> str:
+    return f"sft-{seed}" if width == plan.main.hidden else f"sft-width-{width}-{seed}"
+
+
+def _settings(plan: Plan, judge: Judge, seed: int, out: Path) -> tuple[str, ...]:
+    """The overrides that make a reward model."""
+    labels = f"pairs.prompts={judge.labels}"
+    if judge.hidden == plan.main.hidden:
+        return (labels,)
+    return labels, f"reward.init={(out / _sft_name(plan, judge.hidden, seed) / 'models/sft').resolve()}"
 
 
 def _run_name(judge: Judge, beta: float, seed: int) -> str:
@@ -116,13 +130,13 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     said = ["gains over the supervised policy, mean over seeds: score / gold at the end, highest gold at sqrt(KL)"]
     for row in found["ends"]:
         what = f"beta {row['strength']:g}" if row["optimiser"] == "policy" else f"best of {row['strength']:g}"
-        judge = f"{row['labels']} labels" + (f", {row['members']} members" if row["members"] > 1 else "")
+        judge = f"{row['labels']} labels, width {row['hidden']}"
         said.append(
-            f"{what:<11} {judge:<24} score {row['proxy'][0]:+.2f}  gold {row['gold'][0]:+.2f}  "
+            f"{what:<11} {judge:<22} score {row['proxy'][0]:+.2f}  gold {row['gold'][0]:+.2f}  "
             f"highest {row['highest_gold'][0]:+.2f} at {row['highest_at'][0]:.2f}"
         )
     for law in found["laws"]:
-        judge = f"{law['labels']} labels" + (f", {law['members']} members" if law["members"] > 1 else "")
+        judge = f"{law['labels']} labels, width {law['hidden']}"
         name = f"{law['what']}, {judge}"
         if "refused" in law:
             said.append(f"{name}: no law fitted: {law['refused']}")

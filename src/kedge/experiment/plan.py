@@ -9,12 +9,12 @@ from typing import Any
 from kedge import recipe as recipes
 from kedge.errors import InputError, Problem
 from kedge.recipe import Recipe
+from kedge.recipe.sections import Model
 
 BETAS = (0.02, 0.05, 0.1, 0.2, 0.4)
 LABEL_BETA = 0.05  # at which reward models are compared: weak enough for gold to turn
 SHARES = (0.1, 0.4, 1.0)  # of the recipe's pairs
-MEMBERS = 3
-MEMBERS_SHARE = 0.4
+NARROWER = (2, 4)  # times, than the policy
 EVALUATIONS = 18  # along each policy run
 # Nobody looks at these runs themselves: their evaluations are all that is read.
 PLAIN = ("threads=1", "trace.probes_every=1000000", "trace.keep=1", "trace.text=none")
@@ -38,15 +38,11 @@ class Judge:
     """A reward model of the study."""
 
     labels: int  # pairs that annotators compared
-    members: int
+    hidden: int  # width of the supervised model that it begins as
 
     @property
     def name(self) -> str:
-        return f"labels-{self.labels}" + (f"-members-{self.members}" if self.members > 1 else "")
-
-    def settings(self) -> tuple[str, ...]:
-        """The overrides that make it."""
-        return f"pairs.prompts={self.labels}", f"reward.members={self.members}"
+        return f"labels-{self.labels}-width-{self.hidden}"
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ class Plan:
 
     @property
     def main(self) -> Judge:
-        """The reward model with all labels and one member, under which beta is varied."""
-        return max((judge for judge in self.judges if judge.members == 1), key=lambda judge: judge.labels)
+        """The widest reward model of all labels, under which beta is varied."""
+        return max(self.judges, key=lambda judge: (judge.labels, judge.hidden))
 
     @property
     def label_beta(self) -> float:
@@ -102,9 +98,8 @@ def plan(given: Given, *, seeds: int, quick: bool) -> Plan:
         what = f'"{recipe.world}" does not know what an answer is worth, so that over-optimisation cannot be seen'
         raise InputError(Problem(f"{given.source}: world", what, 'use a recipe with world = "desk"'))
     counts = [max(2, round(share * recipe.pairs.prompts)) for share in (SHARES[1:] if quick else SHARES)]
-    judges = [Judge(count, 1) for count in counts]
-    if not quick:
-        judges.append(Judge(max(2, round(MEMBERS_SHARE * recipe.pairs.prompts)), MEMBERS))
+    judges = [Judge(count, recipe.model.hidden) for count in counts]
+    judges += [Judge(counts[-1], width) for width in _narrower(recipe.model)[: 1 if quick else None]]
     return Plan(
         given=given,
         seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
@@ -113,3 +108,9 @@ def plan(given: Given, *, seeds: int, quick: bool) -> Plan:
         samples=64 if quick else 96,
         steps=min(recipe.policy.steps, 12) if quick else recipe.policy.steps,
     )
+
+
+def _narrower(model: Model) -> list[int]:
+    """Widths below the policy's that its heads divide; none where the policy is a model folder."""
+    widths = [model.hidden // times for times in NARROWER if model.hidden % (2 * model.heads * times) == 0]
+    return widths if model.init == "scratch" else []

@@ -97,7 +97,7 @@ def _point(
         "optimiser": optimiser,
         "seed": seed,
         "labels": judge.labels,
-        "members": judge.members,
+        "hidden": judge.hidden,
         "strength": strength,
         "kl": float(kl),
         "root_kl": float(np.sqrt(max(kl, 0.0))),
@@ -163,7 +163,7 @@ def _prompt_curves(points: Sequence[Point], samples: Mapping[int, Samples], judg
 
 
 def _of(point: Point, judge: Judge) -> bool:
-    return (point["labels"], point["members"]) == (judge.labels, judge.members)
+    return (point["labels"], point["hidden"]) == (judge.labels, judge.hidden)
 
 
 def ends(plan: Plan, points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from kedge.models.heads import Critic
-from kedge.models.load import require_same_tokens
 from kedge.models.lora import WithoutAdapters, adapted_policy
 from kedge.pipeline.context import Context
 from kedge.train.schedule import seed_of
@@ -31,8 +30,6 @@ def references(context: Context, policy: Any) -> tuple[Any, Any]:
     else:
         original = context.policy(sft).requires_grad_(False)
     if settings.reference != "sft":
-        remedy = "give a model of this run's tokenizer as policy.reference"
-        require_same_tokens(Path(settings.reference), context.tokenizer, remedy)
         return context.policy(Path(settings.reference)).requires_grad_(False), original
     if settings.reference_every:
         return context.policy(sft).requires_grad_(False), original

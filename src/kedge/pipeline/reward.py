@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ def rewarded(context: Context) -> None:
     """Train the reward model, measure it on held-out prompts and write `models/reward`."""
     policy = context.policy(context.run.models / "sft")
     given = context.task.judgments
-    rows = given.rows if given is not None else _labelled_pairs(context, policy)
+    rows = given.rows if given is not None else _labelled_pairs(context)
     training, testing = sides(context, rows)
-    model = _trained(context, policy, training, kind_of(rows[0]))
+    model = _trained(context, training, kind_of(rows[0]))
     model = _calibrated(context, policy, model)
     model = replace(model, support=fit_support(model, training.responses, testing.responses))
     _report(context, model, training, testing)
@@ -68,9 +69,10 @@ def _padded_pairs(context: Context, rows: Sequence[Judgment]) -> list[Preference
     return [row for row in plain if context.fits(row.prompt, row.rejected)]
 
 
-def _trained(context: Context, policy: Any, training: Judgments, kind: Kind, *, interim: bool = False) -> RewardModel:
+def _trained(context: Context, training: Judgments, kind: Kind, *, interim: bool = False) -> RewardModel:
     """The recipe's members, not yet normalised. Of an interim one no metrics are kept."""
     reward = context.recipe.reward
+    trunk_of = context.policy(context.run.models / "sft" if reward.init == "sft" else Path(reward.init))
     trunks = 1 if reward.trunk == "shared" else reward.members
     heads = reward.members if reward.trunk == "shared" else 2 if reward.length == "two_head" else 1
     members = []
@@ -81,7 +83,7 @@ def _trained(context: Context, policy: Any, training: Judgments, kind: Kind, *, 
         for number in range(trunks):
             seed = seed_of(context.recipe.seed, "reward head", number)
             rank = reward.lora_rank if reward.trunk == "lora" else None
-            model = new_member(policy, seed, heads=heads, lora_rank=rank)
+            model = new_member(trunk_of, seed, heads=heads, lora_rank=rank)
             settings = _settings(context.recipe, number)
             done = number * steps(training, settings)
 
@@ -168,7 +170,7 @@ def _report(context: Context, model: RewardModel, training: Judgments, testing: 
     )
 
 
-def _labelled_pairs(context: Context, policy: Any) -> list[Preference]:
+def _labelled_pairs(context: Context) -> list[Preference]:
     """Pairs of the supervised policy's answers as the task's annotators see them; also written to pairs.jsonl."""
     labeller = context.task.labeller
     if labeller is None:
@@ -176,7 +178,7 @@ def _labelled_pairs(context: Context, policy: Any) -> list[Preference]:
     first, second = _halves(context.task.pair_prompts, context.recipe.pairs.method)
     rows = _labelled(labeller, _pairs(context, first, None, "pairs"))
     if second:
-        interim = _interim(context, policy, rows)
+        interim = _interim(context, rows)
         rows += _labelled(labeller, _pairs(context, second, partial(scores, interim), "best pairs"))
     figures = diversity([(row.prompt, row.chosen, row.rejected) for row in rows], len(context.task.pair_prompts))
     context.metric("reward", 0, {f"pairs/{name}": value for name, value in figures.items()})
@@ -210,7 +212,7 @@ def _labelled(labeller: Labeller, pairs: Sequence[Pair]) -> list[Preference]:
     ]
 
 
-def _interim(context: Context, policy: Any, rows: Sequence[Preference]) -> RewardModel:
+def _interim(context: Context, rows: Sequence[Preference]) -> RewardModel:
     """A reward model of the pairs so far, asked only which of several answers is best."""
     training, _ = sides(context, rows)
-    return _trained(context, policy, training, "pair", interim=True)
+    return _trained(context, training, "pair", interim=True)

@@ -61,9 +61,7 @@ def run(
     if start is not None:
         _refuse_start(RunDir(start), recipe)
     inputs = inputs or inputs_of(recipe)
-    if start is not None:
-        remedy = "give the settings it was made with, or leave --start out"
-        require_same_tokens(RunDir(start).models / "sft", inputs.tokenizer, remedy)
+    _require_same_tokens(recipe, inputs, start)
     require_comparisons(recipe, inputs.task)
     rules = {name: rule_reward(name, rule) for name, rule in recipe.rewards.items()}
     folder = RunDir.create(out, resume=resume)
@@ -100,6 +98,16 @@ def _refuse_start(folder: RunDir, recipe: Recipe) -> None:
     for given in (before, now):
         given["desk"] = {"demonstrations": given["desk"]["demonstrations"]}
     _refuse(folder, _differences(before, now), "give the settings it was made with, or leave --start out")
+
+
+def _require_same_tokens(recipe: Recipe, inputs: Inputs, start: Path | None) -> None:
+    """Raise `InputError` if a model that others have made reads other token ids than this run's texts become."""
+    if start is not None:
+        remedy = "give the settings it was made with, or leave --start out"
+        require_same_tokens(RunDir(start).models / "sft", inputs.tokenizer, remedy)
+    for key, named in (("reward.init", recipe.reward.init), ("policy.reference", recipe.policy.reference)):
+        if named != "sft":
+            require_same_tokens(Path(named), inputs.tokenizer, f"give a model of this run's tokenizer as {key}")
 
 
 def _began_with(folder: RunDir) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from kedge.recipe.sections import Data, Desk, Recipe, Section
 __all__ = ["Data", "Desk", "Key", "Recipe", "Section", "build", "keys", "load", "missing_files", "parse"]
 
 # Keys that hold the path of a model folder, or a word.
-FOLDERS = {"model.init": "scratch", "policy.reference": "sft"}
+FOLDERS = {"model.init": "scratch", "reward.init": "sft", "policy.reference": "sft"}
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,9 @@ class Pairs(Section):
 class Reward(Section):
     """Reward model: transformer and a scalar head at the last real token, learnt from what annotators said."""
 
+    init: Annotated[str, Field(min_length=1)] = Field(
+        "sft", description="what it begins as: `sft`, the supervised policy, or the path of a model folder"
+    )
     epochs: Count = Field(3, description="passes over the judgments")
     batch_size: Count = Field(64, description="judged items per optimiser step")
     lr: Positive = Field(1e-3, description="highest learning rate")

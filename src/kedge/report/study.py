@@ -120,7 +120,7 @@ def _of(found: Found, optimiser: str, judge: Found, strength: float | None) -> l
         point
         for point in found["points"]
         if point["optimiser"] == optimiser
-        and (point["labels"], point["members"]) == (judge["labels"], judge["members"])
+        and (point["labels"], point["hidden"]) == (judge["labels"], judge["hidden"])
         and strength in (None, point["strength"])
     ]
 
@@ -141,7 +141,7 @@ def _lines(named: Sequence[tuple[str, Sequence[Found]]], figure: str) -> list[Li
 
 def _law(found: Found, what: str, judge: Found) -> list[Line]:
     for law in found["laws"]:
-        mine = (law["labels"], law["members"]) == (judge["labels"], judge["members"])
+        mine = (law["labels"], law["hidden"]) == (judge["labels"], judge["hidden"])
         if law["what"] == what and mine and "curve" in law:
             curve = law["curve"]
             return [Line("law", np.array(curve["d"]), np.array(curve["gold"]), "reference", dashed=True)]
@@ -159,7 +159,7 @@ _LAWS = (
 
 
 def _judge_name(judge: Found) -> str:
-    return f"{judge['labels']} labels" + (f", {judge['members']} members" if judge["members"] > 1 else "")
+    return f"{judge['labels']} labels, width {judge['hidden']}"
 
 
 def _end_rows(found: Found) -> list[tuple[str, list[str]]]:
@@ -231,7 +231,7 @@ def _said_of_judges(found: Found) -> Iterator[str]:
 
 
 def _same(row: Found, judge: Found) -> bool:
-    return bool((row["labels"], row["members"]) == (judge["labels"], judge["members"]))
+    return bool((row["labels"], row["hidden"]) == (judge["labels"], judge["hidden"]))
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
