@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -45,6 +46,8 @@ def fixed() -> EvaluationSet:
         answers=answers(USUAL),
         answer_scores=torch.tensor(SCORES_REFERENCE),
         answer_texts=["reference"] * 6,
+        answer_logprobs=-1.5 * torch.tensor(USUAL).float(),
+        within=0.7,
     )
 
 
@@ -92,6 +95,12 @@ def test_kl_per_sequence_is_a_sum_over_the_response_and_per_token_a_mean(found) 
     assert (found.token_kl[0, 2:] == 0).all()
 
 
+def test_kl_on_the_references_own_answers(found, fixed: EvaluationSet) -> None:
+    assert found.reference_kl.tolist() == pytest.approx([0.5 * length for length in USUAL])
+    assert found.metrics["evaluation/kl_reference"] == pytest.approx(0.5 * sum(USUAL) / 6)
+    assert found.metrics["evaluation/score_reference_within"] == fixed.within
+
+
 def test_wins_by_score_with_ties_half(found) -> None:
     won = (1 + 0.5 + 0 + 1 + 0.5 + 1) / 6
     assert found.metrics["evaluation/win_rate"] == pytest.approx(won)
@@ -136,8 +145,14 @@ def test_wilsons_interval(won: int, count: int) -> None:
     assert wilson(won / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
-def test_terciles_come_from_other_samples_than_the_answers_compared_with() -> None:
+def test_terciles_come_from_other_samples_than_the_answers_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grouped by the very answers it is compared with, a policy would look brief where those happened to be long."""
+    monkeypatch.setattr(
+        "kedge.evaluate.policy.token_scores",
+        lambda _, given, **__: TokenScores(
+            -1.0 * given.response_mask, -9.0 * given.response_mask, 0.25 * given.response_mask
+        ),
+    )
     samples = [4, 6, 1, 1, 9, 11]  # two for each of three prompts
     judge = Judge(
         engine=Given(samples, [7, 7, 7]),
@@ -151,3 +166,6 @@ def test_terciles_come_from_other_samples_than_the_answers_compared_with() -> No
     assert fixed.tercile.tolist() == [1, 0, 2]
     assert fixed.answer_texts == ["7", "7", "7"] and fixed.answer_scores.tolist() == [7, 7, 7]
     assert math.isclose(float(fixed.answers.lengths.float().mean()), 7)
+    assert fixed.answer_logprobs.tolist() == [-7, -7, -7]
+    spread = [np.std([7, 4, 6], ddof=1), np.std([7, 1, 1], ddof=1), np.std([7, 9, 11], ddof=1)]
+    assert fixed.within == pytest.approx(np.sqrt(np.mean(np.square(spread))))

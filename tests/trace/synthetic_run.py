@@ -91,6 +91,8 @@ def step_record(world: World, step: int, rng: np.random.Generator, ratio: float 
         shift=np.full(batch, shift),
         scale=np.full(batch, scale),
         advantage=np.where(mask, (total - shift) / scale, 0),
+        loss_beta=np.zeros(batch),
+        learning={"epochs": 2, "clip": 0.2},
         prompts=[f"prompt {row // 2}" for row in range(batch)],
         responses=[f"response {row}" for row in range(batch)],
     )
@@ -137,6 +139,7 @@ def sample_record(step: int, response: str = "yes , you can .", prompt: str = "c
         token_kl=[[0.3 * index - 0.2 for index in range(len(tokens))] for _ in range(count)],
         score=[0.5 + 0.1 * number for number in range(count)],
         reference_score=[0.0] * count,
+        reference_kl=[-0.1] * count,
         length=[len(tokens)] * count,
         reference_length=[2.0] * count,
         tercile=[number % 3 for number in range(count)],

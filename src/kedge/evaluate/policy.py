@@ -46,6 +46,8 @@ class EvaluationSet:
     answers: Rollouts
     answer_scores: Tensor
     answer_texts: list[str]
+    answer_logprobs: Tensor  # [N] nats, of the whole answer under the reference
+    within: float  # standard deviation of the reference's scores within a prompt
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Evaluation:
     texts: list[str]
     scores: Tensor
     token_kl: Tensor  # [N, T] k1, nats
+    reference_kl: Tensor  # [N] k1 of the policy on the reference's answers, nats
 
 
 def prepare(
@@ -65,18 +68,27 @@ def prepare(
 ) -> EvaluationSet:
     """Let the reference answer every prompt `samples` times for its usual length, and once more to compare with."""
     repeated = prompts.rows(torch.arange(len(prompts)).repeat_interleave(samples))
-    usual = judge.engine.generate(reference, repeated, judge.sampling, generator).lengths.float()
-    usual = usual.view(len(prompts), samples).mean(dim=1)
+    drawn = judge.engine.generate(reference, repeated, judge.sampling, generator)
+    usual = drawn.lengths.float().view(len(prompts), samples).mean(dim=1)
     answers = judge.engine.generate(reference, prompts, judge.sampling, generator)
+    first, others = judge.score(answers), judge.score(drawn).view(len(prompts), samples)
     return EvaluationSet(
         texts=tuple(texts),
         prompts=prompts,
         usual_length=usual,
         tercile=terciles(usual),
         answers=answers,
-        answer_scores=judge.score(answers),
+        answer_scores=first,
         answer_texts=judge.decode(answers),
+        answer_logprobs=_logprobs(reference, judge, answers),
+        within=float(torch.cat([first.unsqueeze(1), others], dim=1).var(dim=1).mean().sqrt()),
     )
+
+
+def _logprobs(model: Any, judge: Judge, answers: Rollouts) -> Tensor:
+    """[N] nats of whole answers."""
+    scores = token_scores(model, answers, temperature=judge.sampling.temperature, eos_id=judge.eos_id)
+    return masked_sum(scores.logprobs, answers.response_mask, dim=1)
 
 
 def terciles(values: Tensor) -> Tensor:
@@ -95,12 +107,15 @@ def evaluate(policy: Any, reference: Any, judge: Judge, fixed: EvaluationSet, ge
     scores, texts = judge.score(rollouts), judge.decode(rollouts)
     lengths, mask = rollouts.lengths.float(), rollouts.response_mask
     kl = masked_sum(token_kl, mask, dim=1)
+    reference_kl = _logprobs(policy, judge, fixed.answers) - fixed.answer_logprobs
     won = float(((scores > fixed.answer_scores).float() + 0.5 * (scores == fixed.answer_scores).float()).mean())
     low, high = wilson(won, len(scores))
     p10, p50, p90 = torch.quantile(lengths, torch.tensor([0.1, 0.5, 0.9])).tolist()
     metrics = {
         "evaluation/score": scores.mean(),
         "evaluation/score_reference": fixed.answer_scores.mean(),
+        "evaluation/score_reference_within": fixed.within,
+        "evaluation/kl_reference": reference_kl.mean(),
         "evaluation/kl_per_sequence": kl.mean(),
         "evaluation/kl_per_token": masked_mean(token_kl, mask),
         "evaluation/entropy": masked_mean(own.entropy, mask),
@@ -123,7 +138,7 @@ def evaluate(policy: Any, reference: Any, judge: Judge, fixed: EvaluationSet, ge
             metrics[f"evaluation/tercile{index}/score"] = scores[rows].mean()
     known = _truth(judge.truth, fixed, texts) if judge.truth else {}
     figures = {name: float(value) for name, value in metrics.items()}
-    return Evaluation(figures, known, rollouts, texts, scores, token_kl)
+    return Evaluation(figures, known, rollouts, texts, scores, token_kl, reference_kl)
 
 
 def _truth(truth: Truth, fixed: EvaluationSet, texts: list[str]) -> dict[str, float]:

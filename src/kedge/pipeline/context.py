@@ -21,6 +21,7 @@ from kedge.rollout.rules import RuleReward
 from kedge.structs import Judgments, Prompts, Rollouts, Sampling
 from kedge.trace.jsonl import append_json
 from kedge.trace.run_dir import RunDir
+from kedge.train.schedule import seed_of
 
 LOG_EVERY = 10  # optimiser steps
 
@@ -36,6 +37,19 @@ class Context:
     progress: Progress
     interrupt: Interrupt
     rules: Mapping[str, RuleReward] = field(default_factory=dict)
+    until: int | None = None  # policy step after which the stage ends, if before the recipe's last
+
+    @property
+    def steps(self) -> int:
+        """Policy steps to carry out; the recipe's own number is what learning rates fall over."""
+        steps = self.recipe.policy.steps
+        return steps if self.until is None else min(self.until, steps)
+
+    @property
+    def stream(self) -> int:
+        """The seed of what is drawn in policy optimisation."""
+        recipe = self.recipe
+        return seed_of(recipe.seed, "branch", recipe.policy.branch) if recipe.policy.branch else recipe.seed
 
     @property
     def pad_id(self) -> int:

@@ -81,7 +81,7 @@ def direct_settings(context: Context) -> DirectSettings:
         ),
         beta=policy.kl.beta,
         label_smoothing=policy.label_smoothing,
-        seed=context.recipe.seed,
+        seed=context.stream,
         eos_id=context.eos_id,
         final_lr=policy.final_lr,
     )

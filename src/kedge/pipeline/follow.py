@@ -52,7 +52,7 @@ def follow(
 ) -> None:
     """Go through `steps`, keep what `record` makes of each, and write `models/policy`; `amend` is for the last look."""
     recipe = context.recipe
-    total = recipe.policy.steps
+    total = context.steps
 
     def see(writer: TraceWriter, state: State) -> None:
         at, beta = state.step, state.controller.mean_beta
@@ -74,6 +74,7 @@ def follow(
                 writer.flush()  # what a checkpoint says is done must be on disk
                 place = context.run.checkpoint(step.state.step)
                 checkpoint.save(place, learner, step.state, keep=recipe.checkpoint.keep)
-            if step.state.step < total:
-                context.interrupt.check(f"policy step {step.state.step}")
+            if step.state.step == total:
+                break
+            context.interrupt.check(f"policy step {step.state.step}")
     save_model(merged(learner.policy), context.tokenizer, context.run.models / "policy")

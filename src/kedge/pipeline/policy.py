@@ -87,7 +87,7 @@ def _on_policy(context: Context) -> None:
         learner,
         tie,
         rewarders,
-        lambda step: prompt_batch(pool, per_step, samples, recipe.seed, step),
+        lambda step: prompt_batch(pool, per_step, samples, context.stream, step),
         context.engine,
         settings,
         state,
@@ -238,7 +238,7 @@ def policy_settings(context: Context) -> PolicySettings:
         lam=policy.lam,
         whiten=policy.whiten,
         critic_warmup=policy.critic_warmup,
-        seed=context.recipe.seed,
+        seed=context.stream,
         eos_id=context.eos_id,
         final_lr=policy.final_lr,
         method=method,
@@ -287,6 +287,7 @@ def _record(
         step_record(
             step,
             doubt,
+            learning=policy_settings(context).update,
             prompts=[prompts[group] for group in rollouts.group_id.tolist()] if keep_text else None,
             responses=context.text(rollouts) if keep_text else None,
         )

@@ -46,13 +46,14 @@ def run(
     interrupt: Interrupt,
     start: Path | None = None,
     inputs: Inputs | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Carry out `stages` of `recipe` in the folder `out` and return the summary.
 
     With `resume`, finished stages are left alone and the policy stage goes on from its newest checkpoint; the result
     equals that of an uninterrupted run, byte for byte. Input is read and checked before anything is written. `start`
     is a run whose supervised policy, and reward model if it has one, this one takes over. `inputs` are texts other than
-    those the recipe names.
+    those the recipe names. `until` ends the policy stage after that many steps.
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -68,7 +69,7 @@ def run(
     _sweep(folder)
     if not folder.recipe_json.exists():
         _begin(folder, recipe, recipe_text)
-    context = Context(recipe, folder, inputs.task, inputs.tokenizer, progress, interrupt, rules)
+    context = Context(recipe, folder, inputs.task, inputs.tokenizer, progress, interrupt, rules, until)
     for line in inputs.left_out:
         context.event("data", 0, "rejected_rows", line)
     with _status(context):

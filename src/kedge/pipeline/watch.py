@@ -91,8 +91,7 @@ def look(
     if found.truth:
         context.run.truth.parent.mkdir(exist_ok=True)
         append_json(context.run.truth, {"step": at, **found.truth})
-    if ends:
-        writer.write_samples(_samples(context, watch.fixed, found, at))
+    writer.write_samples(_samples(context, watch.fixed, found, at))
 
 
 def _samples(context: Context, fixed: EvaluationSet, found: Evaluation, step: int) -> SampleRecord:
@@ -106,6 +105,7 @@ def _samples(context: Context, fixed: EvaluationSet, found: Evaluation, step: in
         token_kl=[kl[mask].tolist() for _, mask, kl in rows],
         score=found.scores.tolist(),
         reference_score=fixed.answer_scores.tolist(),
+        reference_kl=found.reference_kl.tolist(),
         length=found.rollouts.lengths.tolist(),
         reference_length=fixed.usual_length.tolist(),
         tercile=fixed.tercile.tolist(),

@@ -187,6 +187,7 @@ class Policy(Section):
         "dpo", "ipo", "online_dpo", "rejection", "best_of_n",
     ] = Field("ppo", description="the optimiser")  # fmt: skip
     steps: Count = Field(36, description="rounds of sampling, scoring and updating")
+    branch: Natural = Field(0, description="number of a fork: other draws from the same start")
     prompts_per_step: Count = Field(96, description="prompts sampled in each step; dpo, ipo: pairs")
     samples_per_prompt: Count = Field(1, description="responses per prompt; a group, where the method compares them")
     max_new_tokens: Count = Field(48, description="token budget of a response")

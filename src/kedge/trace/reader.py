@@ -6,7 +6,7 @@ Dimensions: B responses, T response tokens, C channels. Files are opened when as
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,10 @@ from kedge.trace.advantages import gae
 from kedge.trace.jsonl import Record, read_json_lines
 from kedge.trace.run_dir import RunDir
 from kedge.trace.schema import (
+    LATER,
+    LATER_SAMPLES,
     METADATA_KEY,
     TOKEN_FLOATS,
-    TRUST,
     check_version,
     probe_schema,
     sample_schema,
@@ -85,6 +86,9 @@ class StepTrace:
     members: Array  # [B, M] normalised score of each member of a reward model of several, else M = 0
     disagreement: Array  # [B] normalised score, nan where it is not known
     support_distance: Array  # [B] from the reward model's training data, nan where it is not known
+    loss_beta: Array  # [B] advantage per nat of a KL term in the loss, nan where it is not known
+    learning: Mapping[str, Any]  # what the optimiser was told; empty in older traces
+    response_ids: Array | None  # [B, T] token ids, zeros outside the response; None where text is not kept
 
     def __len__(self) -> int:
         return len(self.ended)
@@ -242,14 +246,12 @@ def series(lines: Iterator[Record]) -> dict[str, Series]:
 
 def read_step(path: Path) -> StepTrace:
     """The rows in one `step-*.parquet`, digest unchecked. Raises InputError when the file is missing or damaged."""
-    import pyarrow as pa
 
     table = _parquet(path)
     about = _about(table, path)
     channels = tuple(str(channel) for channel in about["channels"])
     members = int(about.get("members", 0))
-    for name in set(TRUST) - set(table.column_names):  # a trace of before they were kept
-        table = table.append_column(name, pa.nulls(len(table), pa.float32()))
+    table = _with_later(table, LATER)
     _expect_columns(table, step_schema(channels, members), path)
     column = {name: table.column(name).combine_chunks() for name in table.column_names}
     counts = np.diff(column["response_mask"].offsets.to_numpy())
@@ -288,7 +290,19 @@ def read_step(path: Path) -> StepTrace:
         members=np.array([flat(f"member.{member}") for member in range(members)]).reshape(members, len(counts)).T,
         disagreement=flat("disagreement"),
         support_distance=flat("support_distance"),
+        loss_beta=flat("loss_beta"),
+        learning=dict(about.get("learning", {})),
+        response_ids=None if column["response_ids"].null_count else padded("response_ids"),
     )
+
+
+def _with_later(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The table with nulls for what a trace did not hold when it was written."""
+    import pyarrow as pa
+
+    for name in sorted(set(names) - set(table.column_names)):
+        table = table.append_column(name, pa.nulls(len(table), pa.float32()))
+    return table
 
 
 def _padded(lists: Any, counts: Array, path: Path, name: str) -> Array:
@@ -341,6 +355,8 @@ def _tables(paths: list[Path], schema: pa.Schema) -> pa.Table:
     tables = []
     for path in paths:
         table = _parquet(path)
+        if "reference_kl" in schema.names:
+            table = _with_later(table, LATER_SAMPLES)
         _expect_columns(table, schema, path)
         tables.append(table.select(schema.names).cast(schema))
     return pa.concat_tables(tables) if tables else schema.empty_table()

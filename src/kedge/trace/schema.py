@@ -163,6 +163,18 @@ METRICS: tuple[Metric, ...] = (
         "evaluation",
         ("evaluation/score", "normalised score", _PROMPTS, "the policy's answer, before any penalty"),
         ("evaluation/score_reference", "normalised score", _PROMPTS, "the reference's answers to the same prompts"),
+        (
+            "evaluation/score_reference_within",
+            "normalised score",
+            "root mean square over prompts",
+            "standard deviation of the reference's scores within a prompt: what choosing among its answers can gain",
+        ),
+        (
+            "evaluation/kl_reference",
+            "nats per response",
+            _PROMPTS,
+            "k1 on the reference's answers; minus it is the KL of reference from policy",
+        ),
         ("evaluation/rewards/<channel>", "the rule's own", _PROMPTS, "a rule's number for the policy's answer"),
         ("evaluation/kl_per_sequence", "nats per response", _PROMPTS, "k1: sum_t log pi - log pi_ref"),
         ("evaluation/kl_per_token", "nats per token", "mean over evaluation tokens", "k1: log pi - log pi_ref"),
@@ -251,6 +263,8 @@ TOKEN_FLOATS = (
     "entropy",
 )
 TRUST = ("disagreement", "support_distance")  # null where they are not known; older traces lack them
+LATER = (*TRUST, "loss_beta")  # columns that older traces lack
+LATER_SAMPLES = ("reference_kl",)
 
 
 @cache
@@ -276,6 +290,7 @@ def _step_schema(channels: tuple[str, ...], members: int) -> pa.Schema:
         *((f"weight.{channel}", pa.float32()) for channel in channels),
         ("shift", pa.float32()),
         ("scale", pa.float32()),
+        ("loss_beta", pa.float32()),
         ("advantage_sum", pa.float32()),
         ("advantage_abs_sum", pa.float32()),
         *((f"member.{member}", pa.float32()) for member in range(members)),
@@ -327,6 +342,7 @@ def sample_schema() -> pa.Schema:
             ("score", pa.float32()),
             ("reference_score", pa.float32()),
             ("kl", pa.float32()),
+            ("reference_kl", pa.float32()),
             ("length", pa.int32()),
             ("reference_length", pa.float32()),
             ("tercile", pa.int32()),

@@ -9,7 +9,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +65,8 @@ class StepRecord:
     shift: Array  # [B] reward
     scale: Array  # [B] reward
     advantage: Array  # [B, T]
+    loss_beta: Array  # [B] advantage per nat, of a KL term in the loss
+    learning: Mapping[str, Any]  # what the optimiser was told: clip, epochs, aggregation, coefficients of its loss
     prompts: Texts = None  # [B] texts
     responses: Texts = None  # [B] texts
     members: Array | None = None  # [B, M] normalised scores of a reward model's members, where it has several
@@ -77,7 +79,7 @@ class StepRecord:
         shapes = {
             **dict.fromkeys(("response_mask", "active", "advantage", *TOKEN_FLOATS), (batch, length)),
             **dict.fromkeys(("rewards", "values"), (batch, length, width)),
-            **dict.fromkeys(("group", "ended", "shift", "scale"), (batch,)),
+            **dict.fromkeys(("group", "ended", "shift", "scale", "loss_beta"), (batch,)),
             "weights": (batch, width),
             "prompt_mask": self.prompt_ids.shape,
             "members": (batch, self.member_count),
@@ -124,6 +126,7 @@ class SampleRecord:
     token_kl: Sequence[Sequence[float]]  # k1 nats, one per response token
     score: Sequence[float]
     reference_score: Sequence[float]
+    reference_kl: Sequence[float]  # nats, of the policy on the reference's answer
     length: Sequence[int]
     reference_length: Sequence[float]
     tercile: Sequence[int]
@@ -237,6 +240,7 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
         **{name: _ragged(getattr(record, name), context, pa.float32()) for name in TOKEN_FLOATS},
         "shift": record.shift,
         "scale": record.scale,
+        "loss_beta": record.loss_beta,
         "advantage_sum": advantage.sum(axis=1),
         "advantage_abs_sum": np.abs(advantage).sum(axis=1),
         **{name: _nullable(getattr(record, name)) for name in TRUST},
@@ -249,7 +253,7 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
         columns |= {f"member.{member}": scores for member, scores in enumerate(record.members.T)}
     table = _table(columns, step_schema(record.channels, record.member_count), batch)
     about = {name: getattr(record, name) for name in ("step", "channels", "gamma", "lam", "critic")}
-    about["members"] = record.member_count
+    about |= {"members": record.member_count, "learning": dict(record.learning)}
     return table.replace_schema_metadata({METADATA_KEY: json.dumps({"schema": VERSION, **about}, sort_keys=True)})
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +18,7 @@ from kedge.structs import Experience
 from kedge.trace.writer import StepRecord
 from kedge.train.experience import SCALAR_CRITIC
 from kedge.train.policy import Step
+from kedge.train.update import UpdateSettings
 
 
 def heads_of(channels: tuple[str, ...]) -> tuple[str, ...]:
@@ -91,10 +96,11 @@ def step_record(
     step: Step,
     doubt: Uncertainty,
     *,
+    learning: UpdateSettings,
     prompts: list[str] | None,
     responses: list[str] | None,
 ) -> StepRecord:
-    """The trace rows of a step, as arrays for the writer's thread."""
+    """The trace rows of a step, as arrays for the writer's thread; `learning` is what the optimiser was told."""
     experience, stats = step.experience, step.stats
     scored, rollouts = experience.scored, experience.scored.rollouts
     return StepRecord(
@@ -124,12 +130,19 @@ def step_record(
         shift=_array(experience.shift),
         scale=_array(experience.scale),
         advantage=_array(experience.advantage()),
+        loss_beta=_array(experience.loss_beta),
+        learning=_finite(asdict(learning)),
         members=_optional(doubt.members),
         disagreement=_optional(doubt.disagreement),
         support_distance=_optional(doubt.distance),
         prompts=prompts,
         responses=responses,
     )
+
+
+def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no infinity: a clip that never holds is null."""
+    return {name: None if number == math.inf else number for name, number in numbers.items()}
 
 
 def _critic(experience: Experience) -> str:
