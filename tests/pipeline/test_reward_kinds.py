@@ -75,6 +75,21 @@ def test_padding_is_compared_in_pairs_only(
     assert 'set it to "padded_residual"' in capsys.readouterr().err
 
 
+def test_it_can_begin_as_another_model_than_the_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bring(tmp_path).parent)
+    assert cli.main(["sft", "files.toml", "--out", "narrow", "--set", "model.hidden=8"]) == 0
+    given = ["files.toml", "--set", "reward.init=narrow/models/sft", "--out", "wide"]
+    assert cli.main(["sft", *given]) == 0
+    assert cli.main(["reward", *given, "--resume"]) == 0
+    assert load_reward_model(tmp_path / "wide/models/reward").models[0].config.hidden_size == 8
+    other = ["sft", "files.toml", "--out", "other", "--set", "model.vocab=280"]
+    assert cli.main(other) == 0
+    capsys.readouterr()
+    assert "give a model of this run's tokenizer as reward.init" in refused(capsys, "reward.init=other/models/sft")
+
+
 def refused(capsys: pytest.CaptureFixture[str], *settings: str) -> str:
     command = ["run", "files.toml", "--out", "run"]
     for setting in settings:

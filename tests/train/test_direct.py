@@ -97,6 +97,13 @@ def test_judgments_of_single_responses_are_refused() -> None:
         next(train_direct(learner(), policy(), ratings, SETTINGS, FRESH))
 
 
+def test_held_out_pairs_that_are_all_ties_have_no_figures() -> None:
+    given = judged(2)
+    ties = replace(given, grades=torch.full((2, 2), 0.5))
+    assert examine_pairs(policy(), policy(), ties, SETTINGS) == {}
+    assert examine_pairs(policy(), policy(), given, SETTINGS)
+
+
 def test_every_pair_comes_once_a_pass_and_a_step_depends_on_nothing_before_it() -> None:
     steps = [batch_of(20, 6, 0, step).tolist() for step in range(10)]
     flat = [row for step in steps for row in step]

@@ -1,7 +1,7 @@
 """A run that leaves another one at a checkpoint, under changed settings: what happened before is the same to the bit.
 
-A fork shares models, trace and metrics with its source up to the step of the checkpoint. With no changes and branch 0 it
-goes on as the source did; another branch draws other prompts and responses from there on (a null fork).
+A fork shares models, trace and metrics with its source up to the step of the checkpoint. With no changes and branch 0
+it goes on as the source did; another branch draws other prompts and responses from there on (a null fork).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def forked_recipe(fork: Fork) -> Recipe:
 
 
 def carry_out(fork: Fork, out: Path, *, progress: Progress, interrupt: Interrupt) -> RunDir:
-    """Make the fork in the folder `out`, or go on with it, and return the run. What `reward.*` changes is trained anew."""
+    """Make the fork in the folder `out`, or go on with it; returns the run. What `reward.*` changes is trained anew."""
     recipe, run = forked_recipe(fork), RunDir(out)
     if not run.recipe_json.exists():
         _begin(fork, recipe, run)
