@@ -32,9 +32,12 @@ def write_study(found: Found, out: Path) -> Path:
     return page
 
 
+COMMAND = "kedge study overoptimisation"
+
+
 def markdown(found: Found) -> str:
     """The tables of the study."""
-    page = ["# Over-optimisation in the built-in desk", "", f"{_extent(found)} {ABOVE}", ""]
+    page = ["# Over-optimisation in the built-in desk", "", f"Made by `{COMMAND}`. {_extent(found)} {ABOVE}", ""]
     page += ["In brackets the lowest and the highest seed; of laws the 95% interval.", "", "## Ends of the runs", ""]
     page += [NOISE, ""]
     page += _markdown_table(_END_HEADS, _end_rows(found))
