@@ -14,7 +14,7 @@ from synthetic_run import HEALTHY, World, make_run
 
 import kedge.diagnose
 from kedge.diagnose.correction import balancing_beta, propose, score_slope
-from kedge.diagnose.margin import Pairs, bootstrap_interval, margins
+from kedge.diagnose.margin import Pairs, bootstrap_interval, margins, sampled_pairs
 from kedge.recipe import build
 from kedge.trace.jsonl import keep_json_lines
 from kedge.trace.reader import read_run
@@ -173,3 +173,22 @@ def test_diagnosis_names_nothing_of_the_world() -> None:
                 assert node.attr != "truth", file
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
                 assert "truth" not in node.value and "gold" not in node.value, (file, node.value)
+
+
+def test_a_margin_of_free_text_by_hand() -> None:
+    """Policy against reference on five prompts: more, less, as much of the feature, one unknown, one more."""
+    sample = {
+        "step": 12,
+        "score": np.array([1.0, 0.5, 9.0, 9.0, 0.0]),
+        "reference_score": np.array([0.0, 1.0, 0.0, 0.0, 0.5]),
+        "kl": np.array([2.0, 1.0, 9.0, 9.0, 3.0]),
+        "reference_kl": np.array([-1.0, -2.0, 0.0, 0.0, np.nan]),
+        "length": np.array([20, 8, 9, 9, 5]),
+        "reference_tokens": np.array([10, 12, 9, 9, 5]),
+        "tercile": np.array([0, 1, 2, 2, 0]),
+    }
+    feature, usual = np.array([3.0, 0.0, 1.0, np.nan, 2.0]), np.array([1.0, 1.0, 1.0, 0.0, 1.0])
+    pairs = sampled_pairs(sample, feature, usual, beta=0.1, penalty=0.01)
+    assert pairs.score.tolist() == [1.0, 0.5] and pairs.kl.tolist() == [3.0, -3.0]
+    assert pairs.length.tolist() == [10, 4] and pairs.tercile.tolist() == [0, 1]
+    assert pairs.net.tolist() == pytest.approx([1 - 0.3 - 0.1, 0.5 - 0.04])

@@ -141,6 +141,7 @@ def sample_record(step: int, response: str = "yes , you can .", prompt: str = "c
         reference_score=[0.0] * count,
         reference_kl=[-0.1] * count,
         length=[len(tokens)] * count,
+        reference_tokens=[2] * count,
         reference_length=[2.0] * count,
         tercile=[number % 3 for number in range(count)],
     )

@@ -10,7 +10,7 @@ log-ratio, more so the longer it is. The KL term then pulls back to the referenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,32 @@ def _penalty(weight: tuple[Array, Array] | None, step: int) -> float:
         return 0.0
     steps, values = weight
     return float(-values[np.argmin(np.abs(steps - step))]) + 0.0  # no negative zero
+
+
+def sampled_pairs(
+    sample: Mapping[str, Any], feature: Array, usual: Array, *, beta: float, penalty: float = 0.0
+) -> Pairs:
+    """The policy's answers beside the reference's to the same prompts, as pairs: the one with more of a feature first.
+
+    `sample` is an evaluation of a `View`; `feature` and `usual` [N] are the feature of the policy's and the reference's
+    answers. Prompts on which it is the same, or anything is not known, are left out. Answers here are on the policy's
+    own path, so that the margin of a feature that the policy has just taken up has paid its KL.
+    """
+    sign = np.sign(feature - usual)
+    gap = {
+        "score": sample["score"] - sample["reference_score"],
+        "kl": sample["kl"] - sample["reference_kl"],
+        "length": sample["length"] - sample["reference_tokens"],
+    }
+    gap = {name: sign * np.asarray(values, dtype=np.float64) for name, values in gap.items()}
+    known = np.isfinite(sign) & (sign != 0) & np.isfinite(gap["score"]) & np.isfinite(gap["kl"])
+    return Pairs(
+        step=int(sample["step"]),
+        beta=beta,
+        penalty=penalty,
+        **{name: values[known] for name, values in gap.items()},
+        tercile=np.asarray(sample["tercile"])[known],
+    )
 
 
 def margin(pairs: Pairs, tercile: int | None = None, *, seed: int = 0) -> Margin | None:

@@ -168,7 +168,8 @@ def load(path: Path) -> View:
 
 
 _TEXTS = ("prompt", "response", "reference_response")
-_SAMPLES = ("score", "reference_score", "kl", "reference_kl", "length", "reference_length", "tercile", *_TEXTS)
+_LENGTHS = ("length", "reference_tokens", "reference_length")
+_SAMPLES = ("score", "reference_score", "kl", "reference_kl", *_LENGTHS, "tercile", *_TEXTS)
 
 
 def _known(series: Series | None) -> Series | None:

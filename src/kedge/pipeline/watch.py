@@ -107,6 +107,7 @@ def _samples(context: Context, fixed: EvaluationSet, found: Evaluation, step: in
         reference_score=fixed.answer_scores.tolist(),
         reference_kl=found.reference_kl.tolist(),
         length=found.rollouts.lengths.tolist(),
+        reference_tokens=fixed.answers.lengths.tolist(),
         reference_length=fixed.usual_length.tolist(),
         tercile=fixed.tercile.tolist(),
     )

@@ -264,7 +264,7 @@ TOKEN_FLOATS = (
 )
 TRUST = ("disagreement", "support_distance")  # null where they are not known; older traces lack them
 LATER = (*TRUST, "loss_beta")  # columns that older traces lack
-LATER_SAMPLES = ("reference_kl",)
+LATER_SAMPLES = ("reference_kl", "reference_tokens")
 
 
 @cache
@@ -344,6 +344,7 @@ def sample_schema() -> pa.Schema:
             ("kl", pa.float32()),
             ("reference_kl", pa.float32()),
             ("length", pa.int32()),
+            ("reference_tokens", pa.int32()),
             ("reference_length", pa.float32()),
             ("tercile", pa.int32()),
         ]

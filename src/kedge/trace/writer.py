@@ -128,7 +128,8 @@ class SampleRecord:
     reference_score: Sequence[float]
     reference_kl: Sequence[float]  # nats, of the policy on the reference's answer
     length: Sequence[int]
-    reference_length: Sequence[float]
+    reference_tokens: Sequence[int]  # of the reference's answer
+    reference_length: Sequence[float]  # that the reference usually takes
     tercile: Sequence[int]
 
 
