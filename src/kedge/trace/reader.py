@@ -37,6 +37,7 @@ Array = NDArray[Any]
 _RELATIVE = 1e-3  # of the sum of absolute advantages in the digest
 _ROUNDING = 1e-5  # of the sum of absolute parts: float32 sums of terms that cancel
 _FLOOR = 1e-6
+_FLOAT32 = 8 * 2.0**-24  # roundings of a token, each of half a unit in the last place
 
 
 class Series(NamedTuple):
@@ -125,12 +126,20 @@ class StepTrace:
         parts[WHITENING] = np.where(self.response_mask, -(self.shift / self.scale)[:, None], 0.0)
         return parts
 
+    @cached_property
+    def rounding(self) -> Array:
+        """[B] what float32 may lose of the sum of a response's advantages: of the terms before they cancel."""
+        mask = self.response_mask[..., None]
+        rewards, values = (np.abs(np.where(mask, given, 0.0)) for given in (self.rewards, self.values))
+        terms = (np.abs(self.weights) * (rewards.sum(axis=1) + values.max(axis=1, initial=0.0))).sum(axis=1)
+        return np.asarray(_FLOAT32 * self.lengths * (terms + np.abs(self.shift)) / np.abs(self.scale))
+
     def check_digest(self) -> None:
         """Raise InputError, naming file and row, unless the derived advantage is the one training used."""
         advantage = self.advantage()
         terms = np.abs(self.weights[:, None, :] * self.gae).sum(axis=(1, 2)) / np.abs(self.scale)
         shifts = np.abs(self.shift / self.scale) * self.lengths
-        tolerance = _RELATIVE * self.advantage_abs_sum + _ROUNDING * (terms + shifts) + _FLOOR
+        tolerance = _RELATIVE * self.advantage_abs_sum + _ROUNDING * (terms + shifts) + self.rounding + _FLOOR
         signed = np.abs(advantage.sum(axis=1) - self.advantage_sum)
         absolute = np.abs(np.abs(advantage).sum(axis=1) - self.advantage_abs_sum)
         within = (signed <= tolerance) & (absolute <= tolerance)  # false for nan
@@ -208,9 +217,10 @@ class Run:
         """Update counts after which the probes were scored."""
         return tuple(step for step, _ in self.dir.files("probes"))
 
-    def probes(self) -> pa.Table:
-        """All probe answers; columns of `schema.probe_schema`."""
-        return _tables([path for _, path in self.dir.files("probes")], probe_schema())
+    def probes(self, step: int | None = None) -> pa.Table:
+        """Probe answers after `step` updates, or all; columns of `schema.probe_schema`."""
+        paths = [path for at, path in self.dir.files("probes") if step is None or at == step]
+        return _tables(paths, probe_schema())
 
     def sample_steps(self) -> tuple[int, ...]:
         """Update counts after which evaluation samples were kept."""
