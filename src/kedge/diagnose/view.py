@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kedge.diagnose.margin import Pairs, probe_pairs
+from kedge.diagnose.texts import Phrase, answer_columns, features_of, phrases_of
 from kedge.trace.reader import Run, Series, StepTrace
 
 Array = NDArray[Any]
@@ -27,6 +28,7 @@ Reducer = Callable[[StepTrace], Facts]
 """The numbers of one step that a check wants, by name: `<check>/<fact>`; nan where the rows do not tell."""
 
 STAGES = ("policy", "evaluation", "reward")
+LOOKS = 256  # evaluations and scorings of the probes that a view holds; of more, as many at even distances
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Probes:
     kl: Array  # log policy - log reference, nats
     tercile: Array
     response: tuple[str | None, ...]
+    features: Mapping[str, Array] = field(default_factory=dict)  # of the texts; empty where they could not be read
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class View:
     probes: tuple[Probes, ...] = ()
     pairs: tuple[Pairs, ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()  # evaluations: step, and a list per column
+    phrases: tuple[Phrase, ...] = ()  # of each evaluation, those that account for most of the score's gain
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def fact(self, name: str) -> Series | None:
@@ -85,6 +89,7 @@ class View:
             probes=tuple(one for one in self.probes if one.step >= step),
             pairs=tuple(one for one in self.pairs if one.step >= step),
             samples=tuple(one for one in self.samples if one["step"] >= step),
+            phrases=tuple(one for one in self.phrases if one.step >= step),
         )
 
     def without_settings(self) -> View:
@@ -95,7 +100,7 @@ class View:
 def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None) -> View:
     """The view of a run, one step in memory at a time.
 
-    With `after`, an earlier view of the same run, only the steps that it lacks are read.
+    With `after`, an earlier view of the same run, only what it lacks is read.
     """
     before = {} if after is None else after.facts
     done = set() if after is None else {int(step) for one in before.values() for step in one.steps}
@@ -103,7 +108,7 @@ def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None)
     lines: dict[str, tuple[list[int], list[float]]] = {
         name: (list(one.steps), list(one.values)) for name, one in before.items()
     }
-    for number in run.steps():
+    for number in run.steps() if reduce else ():
         if number in done:
             continue
         step = run.step(number)
@@ -113,13 +118,16 @@ def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None)
                 steps.append(number)
                 values.append(float(value))
     facts = {name: Series(np.array(steps, dtype=np.int64), np.array(values)) for name, (steps, values) in lines.items()}
+    samples = tuple(_samples(run, _some(run.sample_steps()), () if after is None else after.samples))
+    scored = _some(run.probe_steps())
     return View(
         name=run.name,
         facts=facts,
         metrics={stage: run.metrics(stage) for stage in STAGES},
-        probes=tuple(_probes(run)),
-        pairs=tuple(probe_pairs(run)),
-        samples=tuple(_samples(run)),
+        probes=tuple(_probes(run, scored, () if after is None else after.probes)),
+        pairs=tuple(probe_pairs(run, scored)),
+        samples=samples,
+        phrases=tuple(phrases_of(samples)),
         settings=run.settings,
     )
 
@@ -140,6 +148,7 @@ def save(view: View, path: Path) -> None:
             {name: _short(column) if name != "step" else column for name, column in one.items() if name not in _TEXTS}
             for one in view.samples
         ],
+        "phrases": [_plain(one) for one in view.phrases],
         "settings": view.settings,
     }
     text = json.dumps(record, separators=(",", ":"), allow_nan=False)
@@ -163,6 +172,7 @@ def load(path: Path) -> View:
             {name: _long(column) if name != "step" else column for name, column in one.items()}
             for one in record["samples"]
         ),
+        phrases=tuple(_phrase(one) for one in record["phrases"]),
         settings=record["settings"],
     )
 
@@ -179,25 +189,42 @@ def _known(series: Series | None) -> Series | None:
     return Series(series.steps[here], series.values[here]) if here.any() else None
 
 
-def _probes(run: Run) -> Iterator[Probes]:
-    table = run.probes()
-    column = {name: table.column(name).to_numpy() for name in table.column_names if name != "prompt"}
-    for step in np.unique(column["step"]):
-        here = column["step"] == step
+def _some(steps: Sequence[int]) -> list[int]:
+    """All steps, or `LOOKS` of them at even distances with both ends."""
+    if len(steps) <= LOOKS:
+        return list(steps)
+    return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, LOOKS)]
+
+
+def _probes(run: Run, steps: Iterable[int], known: Iterable[Probes]) -> Iterator[Probes]:
+    before = {one.step: one for one in known}
+    for step in steps:
+        if step in before:
+            yield before[step]
+            continue
+        table = run.probes(step)
+        if not len(table):
+            continue
+        column = {name: table.column(name).to_numpy() for name in table.column_names if name != "prompt"}
         yield Probes(
-            step=int(step),
-            beta=float(column["beta"][here][0]),
-            **{name: column[name][here] for name in ("probe", "variant", "length", "score", "kl", "tercile")},
-            response=tuple(column["response"][here].tolist()),
+            step=step,
+            beta=float(column["beta"][0]),
+            **{name: column[name] for name in ("probe", "variant", "length", "score", "kl", "tercile")},
+            response=tuple(column["response"].tolist()),
+            features=features_of(column["response"].tolist()),
         )
 
 
-def _samples(run: Run) -> Iterator[dict[str, Any]]:
-    for step in run.sample_steps():
+def _samples(run: Run, steps: Iterable[int], known: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    before = {one["step"]: one for one in known}
+    for step in steps:
+        if step in before:
+            yield before[step]
+            continue
         table = run.samples(step).select(_SAMPLES)
-        yield {"step": step, **{name: table.column(name).to_pylist() for name in _TEXTS}} | {
-            name: table.column(name).to_numpy() for name in _SAMPLES if name not in _TEXTS
-        }
+        texts = {name: table.column(name).to_pylist() for name in _TEXTS}
+        numbers = {name: table.column(name).to_numpy() for name in _SAMPLES if name not in _TEXTS}
+        yield {"step": step, **texts, **numbers, **answer_columns(texts)}
 
 
 def _short(values: Sequence[float] | Array) -> list[float | None]:
@@ -213,7 +240,9 @@ def _columns(one: Any, skip: Sequence[str] = ()) -> dict[str, Any]:
     for name, value in vars(one).items():
         if name in skip:
             continue
-        if not isinstance(value, np.ndarray):
+        if isinstance(value, Mapping):
+            found[name] = {inner: _short(column) for inner, column in value.items()}
+        elif not isinstance(value, np.ndarray):
             found[name] = value
         else:
             found[name] = value.tolist() if value.dtype.kind in "iuOU" else _short(value)
@@ -221,10 +250,25 @@ def _columns(one: Any, skip: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _arrays(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value if not isinstance(value, list) else np.array(value) if _whole(value) else _long(value)
-        for name, value in record.items()
-    }
+    return {name: _array(value) for name, value in record.items()}
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _long(column) for name, column in value.items()}
+    if not isinstance(value, list):
+        return value
+    return np.array(value) if _whole(value) else _long(value)
+
+
+def _plain(one: Any) -> dict[str, Any]:
+    found = asdict(one)
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
+
+
+def _phrase(record: Mapping[str, Any]) -> Phrase:
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in record.items()}
+    return Phrase(**known)
 
 
 def _whole(values: Sequence[Any]) -> bool:
