@@ -1,6 +1,7 @@
 """What goes wrong, said once: what, where, why, and what to do about it.
 
-Exit codes: 0 done; 1 a bug in Kedge; 2 the input or the settings; 3 the training diverged; 130 interrupted.
+Exit codes: 0 done; 1 a bug in Kedge; 2 the input or the settings; 3 the training diverged; 4 a guard stopped it;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -50,6 +51,21 @@ class DivergenceError(KedgeError):
     """Training produced a number that is not finite; the last good checkpoint is kept."""
 
     exit_code = 3
+
+
+class StoppedByGuard(KedgeError):
+    """A guard that the recipe names ended the policy stage; what was trained until then is kept."""
+
+    exit_code = 4
+
+    def __init__(self, where: str, what: str) -> None:
+        self.where, self.what = where, what
+        self.problems = (Problem(where, what, "kedge diagnose says why; begin again with settings that differ"),)
+        super().__init__(str(self.problems[0]))
+
+    def __reduce__(self) -> tuple[type[StoppedByGuard], tuple[str, str]]:
+        """Between processes an exception travels as its arguments."""
+        return type(self), (self.where, self.what)
 
 
 class Interrupted(KedgeError):

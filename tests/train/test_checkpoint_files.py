@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_learner import experience, learner, weights_of
 
 from kedge.errors import InputError
 from kedge.train import checkpoint
-from kedge.train.checkpoint import State
+from kedge.train.checkpoint import State, Watched
 from kedge.train.controller import Adaptive, Controllers, Fixed
 from kedge.train.policy import running_variance
 from kedge.train.update import Learner, UpdateSettings, update
@@ -133,3 +134,24 @@ def test_one_of_another_critic_is_refused(tmp_path: Path) -> None:
     checkpoint.save(folder, learner(), State(1, CONTROLLER), keep=1)
     with pytest.raises(InputError, match="cannot be used"):
         checkpoint.load(folder, learner(scalar=True))
+
+
+def test_a_reference_that_moved_comes_back_too(tmp_path: Path) -> None:
+    """It is an earlier policy: neither the supervised one nor that of the checkpoint."""
+    of, other = learner(seed=1), learner(seed=5)
+    moving, fresh = (replace(learner(), reference=one.policy) for one in (of, other))
+    step(moving)
+    checkpoint.save(tmp_path / "step-000001", moving, State(1, CONTROLLER), keep=2)
+    assert not same(weights_of(fresh.reference), weights_of(moving.reference))
+    checkpoint.load(tmp_path / "step-000001", fresh)
+    assert same(weights_of(fresh.reference), weights_of(moving.reference))
+    assert not same(weights_of(fresh.reference), weights_of(fresh.policy))
+
+
+def test_what_the_guard_did_comes_back(tmp_path: Path) -> None:
+    done = Watched(branch=2, alarms={"beta": 1}, acted=3, stopped="because")
+    checkpoint.save(tmp_path / "step-000001", learner(), State(1, CONTROLLER, guard=done), keep=2)
+    assert checkpoint.load(tmp_path / "step-000001", learner()).guard == done
+    checkpoint.rewrite(tmp_path / "step-000001", guard={"branch": 3})
+    found = checkpoint.load(tmp_path / "step-000001", learner())
+    assert found.guard == Watched(branch=3) and found.controller == CONTROLLER

@@ -18,7 +18,13 @@ from typer.core import TyperGroup
 from kedge import __version__
 from kedge.cli import data, evaluate, runs, study
 from kedge.cli.audit import audit
+from kedge.cli.compare import compare
+from kedge.cli.diagnose import checks, diagnose
 from kedge.cli.errors import explained
+from kedge.cli.forecast import forecast
+from kedge.cli.ledger import ledger
+from kedge.cli.replay import replay
+from kedge.cli.trial import trial
 from kedge.cli.verify import verify
 from kedge.errors import Problem
 
@@ -41,7 +47,21 @@ class RecipeFirst(TyperGroup):
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
-for command in (runs.demo, runs.run, runs.sft, runs.policy, runs.report, verify):
+for command in (
+    runs.demo,
+    runs.run,
+    runs.sft,
+    runs.policy,
+    runs.report,
+    diagnose,
+    checks,
+    ledger,
+    forecast,
+    trial,
+    replay,
+    compare,
+    verify,
+):
     app.command()(command)
 
 reward = typer.Typer(cls=RecipeFirst, context_settings=HELP, help="Train a reward model, or measure one.")

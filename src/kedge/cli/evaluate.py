@@ -47,7 +47,7 @@ def evaluate(
     """Measure a reward model: agreement with people, length, calibration, padding, style."""
 
     def work(progress: Progress, interrupt: Interrupt) -> dict[str, Any]:  # noqa: ARG001 (the shape execute wants)
-        _check_page(html)
+        check_page(html)
         from kedge.evaluate.reward.answers import judged
         from kedge.evaluate.reward.grid import load_grid
         from kedge.evaluate.reward.measure import measure
@@ -73,7 +73,7 @@ def evaluate(
     execute(work, as_json=as_json)
 
 
-def _check_page(out: Path | None) -> None:
+def check_page(out: Path | None) -> None:
     """Before the work, so that it is not done in vain."""
     if out is None:
         return

@@ -10,7 +10,7 @@ log-ratio, more so the longer it is. The KL term then pulls back to the referenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,18 @@ class Margin:
         return self.low > 0 and self.share_positive > 0.5
 
 
-def probe_pairs(run: Run) -> Iterator[Pairs]:
-    """The matched probe answers of every probe step, in order. Prompts lacking a variant or a score are left out."""
-    table = run.probes()
-    column = {name: table.column(name).to_numpy() for name in table.column_names if name not in ("prompt", "response")}
+def probe_pairs(run: Run, steps: Iterable[int] | None = None) -> Iterator[Pairs]:
+    """The matched probe answers of every probe step, or of `steps`, in order; one step in memory at a time.
+
+    Prompts lacking a variant or a score are left out.
+    """
     weight = run.metrics("policy").get("weight/length")
-    for step in np.unique(column["step"]):
-        rows = {name: values[column["step"] == step] for name, values in column.items()}
+    for step in run.probe_steps() if steps is None else steps:
+        table = run.probes(step)
+        if not len(table):
+            continue
+        names = [name for name in table.column_names if name not in ("prompt", "response")]
+        rows = {name: table.column(name).to_numpy() for name in names}
         brief, verbose = (_first_by_probe(rows, variant) for variant in ("brief", "verbose"))
         both = sorted(set(brief) & set(verbose))
         one, other = [brief[probe] for probe in both], [verbose[probe] for probe in both]

@@ -51,6 +51,10 @@ class Context:
         recipe = self.recipe
         return seed_of(recipe.seed, "branch", recipe.policy.branch) if recipe.policy.branch else recipe.seed
 
+    def stream_of(self, returns: int) -> int:
+        """The same after the recipe's guard went back so many times: each time other draws."""
+        return seed_of(self.stream, "return", returns) if returns else self.stream
+
     @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -61,7 +61,10 @@ def directly_optimised(context: Context) -> None:
             return figures
         return figures | {"kl/original_per_sequence": _distance(context, policy, original, watch)}
 
-    follow(context, learner, watch, state, train_direct(learner, reference, training, settings, state), record)
+    def enter(state: State) -> Iterator[DirectStep]:
+        return train_direct(learner, reference, training, settings, state)
+
+    follow(context, learner, watch, state, enter, record)
 
 
 def direct_settings(context: Context) -> DirectSettings:

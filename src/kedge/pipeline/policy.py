@@ -22,6 +22,7 @@ from kedge.ops.rewards import clip_scores
 from kedge.pipeline.context import Context
 from kedge.pipeline.direct import best_of, directly_optimised
 from kedge.pipeline.follow import begin, follow
+from kedge.pipeline.guard import LiveGuard
 from kedge.pipeline.learners import learner_of, references, trainable_policy
 from kedge.pipeline.watch import prepare_watch
 from kedge.recipe.length_rewards import length_rewards
@@ -69,6 +70,7 @@ def _on_policy(context: Context) -> None:
     rewarders = _rewarders(context, reward_model, reference, prompts)
     learner = learner_of(context, policy, reference, _critic(context, reward_model, tuple(rewarders)))
     settings = policy_settings(context)
+    guard = LiveGuard(context) if recipe.guard.checks else None
     tie = _tie(context, reference, pool)  # before a checkpoint moves the reference: its groups are those of the start
     running = RunningScore() if recipe.policy.score_normalisation == "running" else None
     state = begin(context, learner, State(0, controllers(recipe.policy.kl), score=running))
@@ -83,23 +85,27 @@ def _on_policy(context: Context) -> None:
         for notice in length_rewards(recipe):
             context.event("policy", 0, "length_reward", str(notice))
     per_step, samples = recipe.policy.prompts_per_step, recipe.policy.samples_per_prompt
-    steps = _LOOPS.get(recipe.policy.method, train_policy)(
-        learner,
-        tie,
-        rewarders,
-        lambda step: prompt_batch(pool, per_step, samples, context.stream, step),
-        context.engine,
-        settings,
-        state,
-        mix=_mix(context, settings),
-    )
+    mix = _mix(context, settings)
+
+    def enter(state: State) -> Iterator[Step]:
+        stream = context.stream_of(state.guard.branch)
+        return _LOOPS.get(recipe.policy.method, train_policy)(
+            learner,
+            tie,
+            rewarders,
+            lambda step: prompt_batch(pool, per_step, samples, stream, step),
+            context.engine,
+            replace(settings, seed=stream),
+            state,
+            mix=mix,
+        )
 
     def record(writer: TraceWriter, step: Step) -> dict[str, float]:
         doubt = _uncertainty(context, reward_model, reference, step)
         since = _since_the_start(context, step, None if original is reference else original)
         return _record(context, writer, step, doubt, prompts, since)
 
-    follow(context, learner, watch, state, steps, record)
+    follow(context, learner, watch, state, enter, record, guard=guard)
 
 
 def _critic(context: Context, reward_model: RewardModel, terminal: tuple[str, ...]) -> Critic | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kedge import __version__
-from kedge.errors import DivergenceError, InputError, Interrupted, Problem
+from kedge.errors import DivergenceError, InputError, Interrupted, Problem, StoppedByGuard
 from kedge.models.load import require_same_tokens
 from kedge.pipeline.context import Context
 from kedge.pipeline.direct import require_comparisons
@@ -72,12 +72,17 @@ def run(
     context = Context(recipe, folder, inputs.task, inputs.tokenizer, progress, interrupt, rules, until)
     for line in inputs.left_out:
         context.event("data", 0, "rejected_rows", line)
-    with _status(context):
-        if start is not None:
-            _start_from(RunDir(start), folder)
-        for stage in stages:
-            if stage != "evaluate":
-                _carry_out(context, stage)
+    try:
+        with _status(context):
+            if start is not None:
+                _start_from(RunDir(start), folder)
+            for stage in stages:
+                if stage != "evaluate":
+                    _carry_out(context, stage)
+    except StoppedByGuard:
+        if "evaluate" in stages:
+            write_report(folder.path)
+        raise
     if "evaluate" in stages:
         write_report(folder.path)
     return summary(folder, stages)
@@ -191,6 +196,9 @@ def _status(context: Context) -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt) as error:
         folder.update_manifest(status="interrupted")
         append_json(folder.events, {"stage": "run", "step": 0, "event": "interrupted", "message": str(error)})
+        raise
+    except StoppedByGuard:
+        folder.update_manifest(status="stopped by guard")
         raise
     except DivergenceError as error:
         folder.update_manifest(status="failed")

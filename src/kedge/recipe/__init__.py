@@ -271,6 +271,7 @@ def _keys(section: type[BaseModel], start: str) -> Iterator[Key]:
             plain, choices, rules = _value(kind)
             allowed = " or ".join(f'"{choice}"' for choice in choices) or _allowed(plain, [*rules, *field.metadata])
             default = None if field.is_required() else field.default
+            default = list(default) if isinstance(default, tuple) else default  # as one writes it
             yield Key(start + name, plain, allowed, default, field.description or "")
 
 
@@ -309,6 +310,8 @@ def _allowed(kind: type, metadata: Sequence[Any]) -> str:
         for name, sign in signs.items()
         if (bound := getattr(rule, name, None)) is not None
     ]
+    if kind is tuple and not bounds:
+        return "a list of texts"
     if any(getattr(rule, "pattern", None) for rule in metadata):
         words += " of letters, digits, '.', '_' and '-', beginning with a letter or digit"
     return f"{words} {' and '.join(bounds)}".strip()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from kedge.recipe.methods import bad_policy
+from kedge.recipe.methods import SAMPLING, bad_policy
 from kedge.recipe.sections import Data, Desk, Recipe, Rule
 
 RESERVED = (
@@ -24,6 +25,7 @@ def inconsistent(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     yield from _bad_world(recipe)
     yield from _bad_reward(recipe)
     yield from bad_policy(recipe)
+    yield from _bad_guard(recipe)
 
 
 def _bad_sizes(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
@@ -74,6 +76,33 @@ def _bad_reward(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         if name in RESERVED:
             yield f"rewards.{name}", "is the name of a built-in channel", "choose another name"
         yield from ((f"rewards.{name}.{key}", what, remedy) for key, what, remedy in _bad_rule(rule))
+
+
+def _bad_guard(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    guard, policy = recipe.guard, recipe.policy
+    if not guard.checks:
+        return
+    from kedge.diagnose.checks import all_checks  # only where a recipe names some
+
+    known = [check.name for check in all_checks()]
+    for name in guard.checks:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "kedge checks lists them"
+            yield "guard.checks", f"there is no check {name!r}", remedy
+    if policy.method not in SAMPLING:
+        what = f"{policy.method} draws no responses in training, so there is nothing to look at between steps"
+        yield "guard.checks", what, "leave it out, or choose a method that samples"
+    if recipe.trace.keep:
+        what = f"guards read every step, and trace.keep = {recipe.trace.keep} removes some"
+        yield "trace.keep", what, "set it to 0"
+    if guard.action == "raise_beta":
+        if policy.kl.beta == 0:
+            yield "policy.kl.beta", "0 stays 0 however often the guard multiplies it", "start above 0, such as 0.05"
+        if policy.method == "rejection":
+            yield "guard.action", "rejection has no beta", 'choose "warn", "stop" or "roll_back"'
+        if guard.beta_factor == 1:
+            yield "guard.beta_factor", "1 raises nothing", "such as 2"
 
 
 def _bad_rule(rule: Rule) -> Iterator[tuple[str, str, str]]:

@@ -278,6 +278,21 @@ class Checkpoint(Section):
     keep: Count = Field(2, description="checkpoints kept")
 
 
+class Guard(Section):
+    """Checks that look at the policy stage while it runs, and what follows when one of them fails."""
+
+    checks: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="names of checks; empty: none")
+    every: Count = Field(1, description="policy steps between looks")
+    action: Literal["warn", "raise_beta", "stop", "roll_back"] = Field(
+        "warn", description="an event, a larger beta, the end of the stage, or back to a checkpoint before the onset"
+    )
+    beta_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        2.0, description="raise_beta, roll_back: what beta is multiplied by"
+    )
+    patience: Count = Field(2, description="looks in a row at which the same check must fail")
+    actions: Count = Field(3, description="times that the guard acts; then it only warns")
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -296,3 +311,4 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     trace: Trace = Trace()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()

@@ -27,15 +27,20 @@ _TERCILES = ("briefest", "middle", "longest")
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the report of the run in folder `run` to `out` (default: `report.html` in the folder); returns its path.
+    """Write the report of the run in folder `run` to `out`; returns its path.
+
+    By default it is `report.html` in the folder, and the diagnosis it speaks of is written beside it.
 
     Works on a run in progress and says what is missing. Raises InputError when the folder is no run, its trace is
     damaged, or `out` cannot be written.
     """
+    from kedge.report.diagnosis_page import findings_section
+
     view = read_view(run)
-    out = view.run.dir.report if out is None else out
-    write_page(out, "run.html", _run_page(view))
-    return out
+    place = view.run.dir.report if out is None else out
+    found = findings_section(run, place, write=out is None)
+    write_page(place, "run.html", {**_run_page(view), "findings": found})
+    return place
 
 
 def write_comparison(drift: Path, corrected: Path, out: Path, proposal: Proposal) -> Path:

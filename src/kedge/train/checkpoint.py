@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kedge.errors import InputError, Problem
+from kedge.trace.jsonl import write_atomically
 from kedge.train.controller import Controllers
 from kedge.train.limit import Past
 from kedge.train.normalise import RunningScore
@@ -25,13 +27,25 @@ from kedge.train.snapshot import restore, snapshot
 from kedge.train.update import Learner
 
 HELD = "held/"  # before the names of the tensors that a rollback returns to
+REFERENCE = "reference/"  # before those of a reference that moves
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the recipe's guard did so far. The loop does not read it: whoever drives the loop hands it on."""
+
+    branch: int = 0  # returns to an earlier checkpoint; each opens other random draws
+    alarms: Mapping[str, int] = field(default_factory=dict)  # looks in a row at which a check failed
+    acted: int = 0
+    stopped: str = ""  # why the guard ended the stage
 
 
 @dataclass(frozen=True)
 class State:
     """What the policy loop carries from step to step, beside the learner.
 
-    The next step, what sets beta, the statistics of returns and scores, and what the guard at the limit did so far.
+    The next step, what sets beta, the statistics of returns and scores, what the guard at the limit did so far, and
+    what the recipe's guard did.
     """
 
     step: int
@@ -39,6 +53,7 @@ class State:
     return_variance: Tensor | None = None  # [heads], running; None before the first batch
     score: RunningScore | None = None  # None where the score has another unit than that of all scores so far
     past: Past = Past()  # noqa: RUF009 - frozen
+    guard: Watched = Watched()
 
 
 def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
@@ -51,6 +66,8 @@ def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
     tensors = snapshot(learner) | {HELD + name: tensor for name, tensor in state.past.held.items()}
     if state.return_variance is not None:
         tensors["return_variance"] = state.return_variance
+    if learner.reference is not None:
+        tensors |= {REFERENCE + name: tensor for name, tensor in _moving(learner.reference).items()}
     record = _record(state)
     try:
         partial.mkdir(parents=True)
@@ -67,10 +84,22 @@ def save(folder: Path, learner: Learner, state: State, *, keep: int) -> None:
         shutil.rmtree(old)
 
 
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change entries of a checkpoint's record; its tensors stay as they are."""
+    path = folder / "state.json"
+    record = json.loads(path.read_text(encoding="utf-8")) | changes
+    write_atomically(path, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in `folder`."""
     found = _complete(folder)
     return found[-1] if found else None
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of all complete checkpoints in `folder`, in order."""
+    return [int(path.name.removeprefix("step-")) for path in _complete(folder)]
 
 
 def load(folder: Path, learner: Learner) -> State:
@@ -80,6 +109,9 @@ def load(folder: Path, learner: Learner) -> State:
         tensors = load_file(folder / "state.safetensors")
         state = _state(record, tensors)
         restore(learner, tensors)
+        if learner.reference is not None:
+            for name, tensor in _moving(learner.reference).items():
+                tensor.copy_(tensors[REFERENCE + name])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         what = f"the checkpoint cannot be used: {error}"
         raise InputError(Problem(str(folder), what, "remove this folder to go on from the one before")) from error
@@ -98,7 +130,13 @@ def _record(state: State) -> dict[str, Any]:
         "controller": state.controller.record(),
         "score": None if state.score is None else state.score.record(),
         "limit": {"rejected": state.past.rejected, "branch": state.past.branch, "held_step": state.past.held_step},
+        "guard": asdict(state.guard),
     }
+
+
+def _moving(reference: Any) -> dict[str, Tensor]:
+    """The weights of a reference that moves, by name; tied ones once."""
+    return {name: weight.detach() for name, weight in reference.named_parameters()}
 
 
 def _state(record: dict[str, Any], tensors: dict[str, Tensor]) -> State:
@@ -109,4 +147,5 @@ def _state(record: dict[str, Any], tensors: dict[str, Tensor]) -> State:
         tensors.get("return_variance"),
         None if record["score"] is None else RunningScore.from_record(record["score"]),
         Past(**record["limit"], held=held),
+        Watched(**record.get("guard", {})),
     )

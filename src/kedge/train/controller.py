@@ -122,6 +122,10 @@ class Controllers:
             tuple(group.observe(float(part.mean()), len(part)) if len(part) else group for group, part in pairs)
         )
 
+    def times(self, factor: float) -> Controllers:
+        """The same with every beta `factor` times as large. What steers beta goes on from there: towards its target."""
+        return Controllers(tuple(_times(group, factor) for group in self.groups))
+
     def record(self) -> dict[str, Any]:
         """For JSON, which keeps every bit of a float."""
         names = {kind: mode for mode, kind in MODES.items()}
@@ -134,6 +138,15 @@ class Controllers:
             raise ValueError(f"no controllers in {sorted(record)}")
         rows = [dict(row) for row in record["groups"]]
         return cls(tuple(MODES[row.pop("mode")](**row) for row in rows))
+
+
+def _times(controller: Controller, factor: float) -> Controller:
+    raised = replace(controller, beta=controller.beta * factor)
+    if not isinstance(raised, Pid):
+        return raised
+    # Its beta is a sum of gains times errors, so with `factor` times the gains it is `factor` times as large.
+    gains = {name: getattr(raised, name) * factor for name in ("proportional", "integral", "derivative")}
+    return replace(raised, **gains)
 
 
 def _scaled(controller: Controller, share: float) -> Controller:
