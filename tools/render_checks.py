@@ -13,8 +13,8 @@ from kedge.diagnose.checks.check import Kind
 PAGE = Path(__file__).parents[1] / "docs" / "checks.md"
 HEAD = """# Checks
 
-Everything that `kedge diagnose RUN` looks for, in the order in which causes are ruled out. `tools/render_checks.py` writes
-this page from the docstrings in `src/kedge/diagnose/checks/`; change them there. `kedge checks NAME` prints one.
+Everything that `kedge diagnose RUN` looks for, in the order in which causes are ruled out. `tools/render_checks.py`
+writes this page from the docstrings in `src/kedge/diagnose/checks/`; change them there. `kedge checks NAME` prints one.
 
 A check that is *not validated* has not been tried on faults and healthy runs other than those it was made with. It
 never ranks before one that has. [Diagnosis](diagnosis.md) says how to read what the checks find.
