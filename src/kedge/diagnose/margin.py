@@ -5,7 +5,8 @@ answers a policy moves towards the verbose one while this is above 0. Means over
 prompts have both brief answers and high advantages.
 
 KL counts only where it costs. The probe answers are fixed texts; one that the policy has moved away from has a negative
-log-ratio, more so the longer it is. The KL term then pulls back to the reference, which is no pressure to drift.
+log-ratio, more so the longer it is. The KL term then pulls back to the reference, which is no pressure to drift. The
+margin with KL of either sign stands beside it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Pairs:
         return np.asarray(self.untaxed - self.penalty * self.length)
 
     @property
+    def signed(self) -> Array:
+        """[N] the same with KL of either sign: an answer that the policy has left earns what KL pulls it back with."""
+        return np.asarray(self.score - self.beta * self.kl - self.penalty * self.length)
+
+    @property
     def untaxed(self) -> Array:
         """[N] the same without the length penalty."""
         return np.asarray(self.score - self.kl_cost)
@@ -68,6 +74,8 @@ class Margin:
     low: float  # reward
     high: float  # reward
     share_positive: float
+    signed: float  # reward: as the net, with the KL difference as it is, also where it is below 0
+    share_signed: float  # of the prompts on which that is above 0
     tercile: int | None = None  # None: all prompts
 
     @property
@@ -163,6 +171,8 @@ def margin(pairs: Pairs, tercile: int | None = None, *, seed: int = 0) -> Margin
         low=low,
         high=high,
         share_positive=float((net > 0).mean()),
+        signed=float(pairs.signed[here].mean()),
+        share_signed=float((pairs.signed[here] > 0).mean()),
         tercile=tercile,
     )
 

@@ -224,6 +224,9 @@ def _evidence(grown: _Look | None, began: _Began | None, recent: tuple[Pairs, ..
         yield Evidence(
             "net margin", last.net, "reward", f"95% interval {last.low:+.2f} to {last.high:+.2f}", "trace/probes"
         )
+        nats = f"{last.signed / last.beta:+.1f} nats, " if last.beta else ""
+        note = f"{nats}above 0 on {last.share_signed:.0%} of the prompts"
+        yield Evidence("net margin, KL of either sign", last.signed, "reward", note, "trace/probes")
         yield Evidence("prompts that pay", last.share_positive, "share", "net margin above 0", "trace/probes")
     if grown is not None and grown.strength > 0:
         note = f"since the briefest evaluation before step {grown.step}; fails above {RISE:g}"
