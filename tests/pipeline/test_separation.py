@@ -96,7 +96,7 @@ def test_the_trace_is_written_by_another_thread(whole: Path, recipe: Path, tmp_p
     ran(tmp_path, "run", recipe, "--out", run, prepare=note_threads)
     noted = (tmp_path / "threads.txt").read_text().split()
     assert set(noted) == {"kedge-trace"}
-    assert len(noted) == 5 + 4 + 2, "steps, probes and samples"
+    assert len(noted) == 5 + 4 + 4, "steps, probes and samples"
     assert_same(run, whole)
 
 

@@ -18,7 +18,7 @@ EVALUATED = [0, 2, 4, 5]
 def test_every_file_is_there(whole: Path) -> None:
     trace = {f"trace/step-{step:06d}.parquet" for step in range(STEPS)}
     trace |= {f"trace/probes-{step:06d}.parquet" for step in EVALUATED}
-    trace |= {f"trace/samples-{step:06d}.parquet" for step in (0, STEPS)}
+    trace |= {f"trace/samples-{step:06d}.parquet" for step in EVALUATED}
     checkpoints = {
         f"checkpoints/step-{step:06d}/{name}" for step in (4, STEPS) for name in ("state.json", "state.safetensors")
     }
@@ -30,7 +30,8 @@ def test_every_file_is_there(whole: Path) -> None:
     models |= {f"models/{stage}/generation_config.json" for stage in ("sft-1", "sft", "policy")}
     models.add("models/reward/support.safetensors")
     plain = {"recipe.toml", "recipe.json", "manifest.json", "metrics.jsonl", "timings.jsonl", "pairs.jsonl"}
-    assert contents(whole).names == trace | checkpoints | models | plain | {"truth/evaluation.jsonl", "report.html"}
+    pages = {"report.html", "diagnosis.html"}
+    assert contents(whole).names == trace | checkpoints | models | plain | {"truth/evaluation.jsonl"} | pages
 
 
 def test_the_manifest(whole: Path) -> None:

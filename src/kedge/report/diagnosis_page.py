@@ -27,19 +27,26 @@ from kedge.report.samples import LEVELS, choose, read_samples
 from kedge.trace.reader import read_run
 
 PAGE = "diagnosis.html"  # in the run's folder
+REPORT = "report.html"
 STATUS_WORDS = {"fail": "fails", "warn": "warns", "ok": "nothing found", "not_checked": "not checked"}
 MARKS = {"fail": "bad", "warn": "look", "ok": "ok", "not_checked": "missing"}  # classes of the style sheet
 
 
-def write_diagnosis(run: Path, view: View, found: Diagnosis, said: Prose, out: Path) -> Path:
-    """Write the page to `out` and return it. Raises `InputError` where it cannot be written."""
-    write_page(out, "diagnosis.html", _page(run, view, found, said, out))
+def write_diagnosis(
+    run: Path, view: View, found: Diagnosis, said: Prose, out: Path, *, reported: bool | None = None
+) -> Path:
+    """Write the page to `out` and return it; `reported` says that the run has a report, or is about to have one.
+
+    Raises `InputError` where it cannot be written.
+    """
+    reported = (run / REPORT).exists() if reported is None else reported
+    report = Path(os.path.relpath(run / REPORT, out.parent)).as_posix() if reported else None
+    write_page(out, "diagnosis.html", {**_page(run, view, found, said), "report": report})
     return out
 
 
-def _page(run: Path, view: View, found: Diagnosis, said: Prose, out: Path) -> dict[str, Any]:
+def _page(run: Path, view: View, found: Diagnosis, said: Prose) -> dict[str, Any]:
     samples = choose(read_samples(read_run(run)))
-    report = run / "report.html"
     return {
         "found": found,
         "said": said,
@@ -52,7 +59,6 @@ def _page(run: Path, view: View, found: Diagnosis, said: Prose, out: Path) -> di
         "rows": [(one, title_of(one.check), STATUS_WORDS[one.status], MARKS[one.status]) for one in found.findings],
         "kinds": {check.name: check.kind.name.lower() for check in all_checks()},
         "title_of": title_of,
-        "report": Path(os.path.relpath(report, out.parent)).as_posix() if report.exists() else None,
     }
 
 
@@ -63,7 +69,7 @@ def findings_section(run: Path, out: Path, *, write: bool) -> Mapping[str, Any]:
     said = prose(view, found, read_trials(run))
     page = run / PAGE
     if write:
-        write_diagnosis(run, view, found, said, page)
+        write_diagnosis(run, view, found, said, page, reported=True)
     return {
         "verdict": said.verdict,
         "alarms": [(one, title_of(one.check), MARKS[one.status]) for one in found.of(*ALARMS)],
