@@ -229,7 +229,7 @@ def test_the_trace_holds_the_step_and_derives_its_advantages(method: str, tmp_pa
     import pyarrow.parquet as parquet
 
     (step,) = loop(method, learner(), settings(epochs=2, minibatches=2))
-    record = step_record(step, DOUBT, prompts=None, responses=None)
+    record = step_record(step, DOUBT, learning=settings().update, prompts=None, responses=None)
     parquet.write_table(step_table(record), tmp_path / "step.parquet")
     read = read_step(tmp_path / "step.parquet")
     read.check_digest()

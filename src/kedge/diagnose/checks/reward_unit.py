@@ -46,7 +46,7 @@ AFTER, PAST = 2, 5  # steps
 WORTH_SAYING = 0.7  # of a failure
 TEXTS = 8
 AFFINE = 0.2  # deviation that a line leaves, over its own
-LARGE = 2.0  # deviation of the advantage from which the scale itself is the matter, see unscaled_reward
+LARGE = 1.5  # deviation of the advantage from which the scale itself is the matter, see unscaled_reward
 DEFERS = 0.95
 CAP = 10.0
 
