@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kedge.diagnose.finding import Evidence
 from kedge.diagnose.ledger import reference_length
 from kedge.diagnose.margin import Margin, Pairs, margin, probe_pairs
 from kedge.trace.reader import Run
@@ -27,16 +28,6 @@ BETA_CAP = 0.3  # reward per nat; above it the policy hardly leaves the referenc
 _BETA_SEARCH = 100.0  # reward per nat
 MIN_PROBE_STEPS = 3
 MIN_PROBES = 8
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One number that the rule looked at."""
-
-    name: str
-    value: float
-    unit: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
