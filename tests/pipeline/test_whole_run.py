@@ -40,7 +40,7 @@ def test_the_manifest(whole: Path) -> None:
     assert found["stages"] == {"sft": "done", "reward": "done", "policy": "done"}
     assert (found["schema"], found["name"], found["seed"], found["world"]) == (1, "tiny", 0, "desk")
     assert found["channels"] == ["score", "kl", "length", "missing_eos"]
-    assert (found["gamma"], found["lam"], found["critic"]) == (1.0, 0.95, "channels")
+    assert (found["gamma"], found["lam"], found["critic"]) == (1.0, 1.0, "channels")
     assert {"torch", "transformers", "python"} <= found["versions"].keys()
 
 

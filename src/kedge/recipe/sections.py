@@ -205,7 +205,7 @@ class Policy(Section):
     )
     reference_every: Natural = Field(0, description="steps after which the policy becomes the reference; 0 never")
     gamma: Share = Field(1.0, description="discount per token")
-    lam: Share = Field(0.95, description="lambda of generalised advantage estimation")
+    lam: Share = Field(1.0, description="lambda of generalised advantage estimation")
     clip: Positive = Field(0.2, description="how far the probability ratio may leave 1 before its gradient stops")
     clip_high: Positive | None = Field(None, description="the same above 1; as `clip` if absent")
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
