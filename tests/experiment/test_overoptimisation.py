@@ -58,11 +58,11 @@ def test_the_plan_of_the_demo() -> None:
     assert [(judge.labels, judge.hidden) for judge in found.judges] == [*labels, (5000, 32), (5000, 16)]
     assert found.main == Judge(5000, 64)
     assert [run for run in found.runs() if run[0] == found.main] == [
-        (found.main, beta) for beta in (0.02, 0.05, 0.1, 0.2, 0.4)
+        (found.main, beta) for beta in (0.02, 0.05, 0.2, 0.4)
     ]
     assert {beta for judge, beta in found.runs() if judge != found.main} == {0.05}
     assert found.seeds == (0, 1, 2)
-    assert found.given.recipe(*found.settings(1)).evaluate.every == 2
+    assert found.given.recipe(*found.settings(1)).evaluate.every == 4
 
 
 def test_every_job_comes_after_what_it_needs_and_the_quick_study_is_smaller() -> None:
@@ -71,7 +71,7 @@ def test_every_job_comes_after_what_it_needs_and_the_quick_study_is_smaller() ->
         names = [job.name for job in found]
         assert len(set(names)) == len(names)
         assert all(names.index(needed) < names.index(job.name) for job in found for needed in job.needs)
-    assert (len(whole), len(quick)) == (3 * (3 + 5 + 1 + 9), 2 + 3 + 1 + 4)
+    assert (len(whole), len(quick)) == (3 * (3 + 5 + 1 + 8), 2 + 3 + 1 + 4)
     needs = {job.name: job.needs for job in whole}
     assert needs["labels-500-width-64-beta-0.05-2"] == ("labels-500-width-64-2",)
     assert set(needs["labels-5000-width-16-1"]) == {"sft-1", "sft-width-16-1"}
@@ -150,7 +150,7 @@ def test_ends_say_where_gold_was_highest(found: dict[str, Any]) -> None:
     assert row["highest_at"][0] == pytest.approx(turn, abs=0.5)
     assert row["gold"][0] < row["highest_gold"][0]
     assert row["length"] == [46, 46, 46]
-    assert len(found["ends"]) == 9 + 5
+    assert len(found["ends"]) == 8 + 5
 
 
 def test_the_page_holds_all_it_shows(found: dict[str, Any], tmp_path: Path) -> None:

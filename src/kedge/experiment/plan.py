@@ -11,13 +11,13 @@ from kedge.errors import InputError, Problem
 from kedge.recipe import Recipe
 from kedge.recipe.sections import Model
 
-BETAS = (0.02, 0.05, 0.1, 0.2, 0.4)
+BETAS = (0.02, 0.05, 0.2, 0.4)
 LABEL_BETA = 0.05  # at which reward models are compared: weak enough for gold to turn
 SHARES = (0.1, 0.4, 1.0)  # of the recipe's pairs
 NARROWER = (2, 4)  # times, than the policy
-EVALUATIONS = 18  # along each policy run
+EVALUATIONS = 9  # along each policy run
 # Nobody looks at these runs themselves: their evaluations are all that is read.
-PLAIN = ("threads=1", "trace.probes_every=1000000", "trace.keep=1", "trace.text=none")
+PLAIN = ("threads=1", "trace.probes_every=1000000", "trace.keep=1", "trace.text=none", "evaluate.reference_samples=1")
 
 
 @dataclass(frozen=True)
