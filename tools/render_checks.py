@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kedge.diagnose.checks import Check, all_checks, page
 from kedge.diagnose.checks.check import Kind
+from kedge.diagnose.mechanisms import MECHANISMS
 
 PAGE = Path(__file__).parents[1] / "docs" / "checks.md"
 HEAD = """# Checks
@@ -36,7 +37,17 @@ def render() -> str:
         for check in all_checks()
     )
     table = "| check | finds | kind | mechanisms | validated |\n| --- | --- | --- | --- | --- |\n" + rows
-    return HEAD + table + "".join(map(_kind, KINDS))
+    return HEAD + table + _mechanisms() + "".join(map(_kind, KINDS))
+
+
+def _mechanisms() -> str:
+    """The ways in which a policy comes to drift, each with the checks that look for it."""
+    rows = "".join(
+        f"| {number} | {what} | "
+        f"{', '.join(f'[`{check.name}`](#{check.name})' for check in all_checks() if number in check.mechanisms)} |\n"
+        for number, what in MECHANISMS.items()
+    )
+    return "\n## Mechanisms\n\n| number | what happens | checks |\n| --- | --- | --- |\n" + rows
 
 
 def _kind(kind: Kind) -> str:

@@ -22,6 +22,7 @@ from kedge.diagnose.diagnosis import Diagnosis, diagnose, explained, likely, ran
 from kedge.diagnose.finding import Finding, Remedy
 from kedge.diagnose.ledger import reference_length, styles
 from kedge.diagnose.margin import margin, probe_pairs
+from kedge.diagnose.mechanisms import MECHANISMS
 from kedge.diagnose.prose import matched_pairs, matched_wins, prose, verdict
 from kedge.diagnose.trials import read_trials
 from kedge.diagnose.view import save, view_of
@@ -408,3 +409,8 @@ def test_the_page_of_the_checks_is_current() -> None:
     page = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
     assert page == module.render(), "run python tools/render_checks.py"
     assert all(f"### {name}\n" in page for name in NAMES)
+
+
+def test_every_mechanism_has_a_check_and_checks_name_no_other() -> None:
+    named = {number for check in all_checks() for number in check.mechanisms}
+    assert named == set(MECHANISMS) == {f"M{number}" for number in range(1, 26)}

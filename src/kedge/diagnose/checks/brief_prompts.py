@@ -15,7 +15,7 @@ length_reward says so; where it pays in neither, something else makes answers lo
 **Remedy.** Prompts of this kind in every batch, a penalty on length beyond the reference's own
 (`policy.target_penalty`), a β per tercile (`policy.kl.budgets`).
 
-**References.** docs/mechanisms.md M17.
+**References.** mechanism M17.
 """
 
 from __future__ import annotations

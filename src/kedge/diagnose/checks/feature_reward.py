@@ -21,7 +21,7 @@ by little. A reward model replaced by one that is right to value the feature.
 
 **Remedy.** Pairs that differ in the feature and agree in content; a rule that takes its price off; a larger β.
 
-**References.** Chen et al. 2024 (disentangling length from quality); docs/mechanisms.md M14.
+**References.** Chen et al. 2024 (disentangling length from quality); mechanism M14.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ success that is real, as in tasks that are seldom solved.
 **Remedy.** A smaller `policy.score_clip`; reward models that judge together (`reward.members`,
 `reward.aggregate=worst`).
 
-**References.** Kwa et al. 2024 (catastrophic Goodhart); docs/mechanisms.md M16.
+**References.** Kwa et al. 2024 (catastrophic Goodhart); mechanism M16.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ labels.
 
 **Remedy.** Label fresh pairs from the current policy and train the reward model on them too.
 
-**References.** Gao et al. 2023 (iterated RLHF); docs/mechanisms.md M22.
+**References.** Gao et al. 2023 (iterated RLHF); mechanism M22.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ compare answers of matched length. A reward model that was replaced on purpose b
 the margin, or relabel pairs so that length and preference are not confounded.
 
 **References.** Singhal et al. 2023 (length correlations in RLHF); Shen et al. 2023; Huang et al. 2024 (calibration of
-rewards); docs/mechanisms.md M1, M2, M14.
+rewards); mechanisms M1, M2, M14.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ as well.
 
 **Remedy.** None is needed. Judge the policy by evaluations; ask prompts in random order.
 
-**References.** Kitagawa 1955 (components of a difference between two rates); docs/mechanisms.md M23.
+**References.** Kitagawa 1955 (components of a difference between two rates); mechanism M23.
 """
 
 from __future__ import annotations

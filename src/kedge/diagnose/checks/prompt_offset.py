@@ -16,7 +16,7 @@ fails at 1. A baseline of the group (RLOO, GRPO) cancels what a prompt adds, so 
 **Remedy.** A baseline per prompt (`policy.method=rloo`), a score less that of the reference's answer
 (`policy.score_normalisation=prompt`), a critic that learns faster.
 
-**References.** Hausman 1978 (between and within); docs/mechanisms.md M25.
+**References.** Hausman 1978 (between and within); mechanism M25.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ a change of prompts looks the same (prompt_mix).
 **Remedy.** That of the cause. Without one: `policy.length_penalty`, or `policy.target_penalty` against the reference's
 own length.
 
-**References.** Singhal et al. 2023; docs/mechanisms.md M2.
+**References.** Singhal et al. 2023; mechanism M2.
 """
 
 from __future__ import annotations
