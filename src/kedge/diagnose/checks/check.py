@@ -27,8 +27,8 @@ class Kind(Enum):
 class Check:
     """A check: `judge` turns a view into a finding, from the facts that `reduce` takes from every step.
 
-    `mechanisms` are numbers of `kedge.diagnose.mechanisms`. `validated` is false until faults and healthy runs that were
-    not seen while it was written have tried it; such a check never ranks first.
+    `mechanisms` are numbers of `kedge.diagnose.mechanisms`. `validated` is false until faults and healthy runs that
+    were not seen while it was written have tried it; such a check never ranks first.
     """
 
     name: str
