@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
 
 
-@pytest.fixture(scope="session")
-def small_desk() -> Iterator[None]:
-    """Fewer texts in the built-in desk than any recipe can ask for, in this process."""
+@contextmanager
+def shrunk() -> Iterator[None]:
     import kedge.desk.world as world
     import kedge.pipeline.tasks as tasks
 
@@ -23,8 +23,15 @@ def small_desk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def small_desk() -> Iterator[None]:
+    """Fewer texts in the built-in desk than any recipe can ask for, in this module alone."""
+    with shrunk():
+        yield
+
+
 @pytest.fixture(scope="session")
-def source(small_desk: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five policy steps with an adaptive beta; checkpoints after steps 2, 4 and 5."""
     from processes import RECIPE
 
@@ -35,6 +42,7 @@ def source(small_desk: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = RECIPE.replace("[checkpoint]", "[checkpoint]\nkeep = 9")
     run = tmp_path_factory.mktemp("source") / "drift"
     stages = ("sft", "reward", "policy")
-    pipeline.run(recipes.parse(text), run, recipe_text=text, stages=stages, resume=False,
-                 progress=Progress(quiet=True), interrupt=Interrupt())  # fmt: skip
+    with shrunk():
+        pipeline.run(recipes.parse(text), run, recipe_text=text, stages=stages, resume=False,
+                     progress=Progress(quiet=True), interrupt=Interrupt())  # fmt: skip
     return run
