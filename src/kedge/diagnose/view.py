@@ -59,6 +59,7 @@ class View:
     samples: tuple[Mapping[str, Any], ...] = ()  # evaluations: step, and a list per column
     phrases: tuple[Phrase, ...] = ()  # of each evaluation, those that account for most of the score's gain
     settings: Mapping[str, Any] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()  # columns that no step holds, of schema.OPTIONAL
 
     def fact(self, name: str) -> Series | None:
         """The series of a fact without the steps at which it is not known; None where it is known at no step."""
@@ -73,6 +74,19 @@ class View:
         """Policy steps whose rows or metrics are there."""
         found = [*self.facts.values(), *self.metrics.get("policy", {}).values()]
         return np.unique(np.concatenate([one.steps for one in found])) if found else np.zeros(0, dtype=np.int64)
+
+    @property
+    def lacks(self) -> frozenset[str]:
+        """Sources beside the columns of steps, named as in `kedge.diagnose.needs`, that the run has nothing of."""
+        there = {
+            "prompts": "prompt_mix/prompts" in self.facts,
+            "samples": bool(self.samples),
+            "probes": bool(self.probes),
+            "evaluations": bool(self.metrics.get("evaluation")),
+            "labels": any(name.startswith("labels/") for name in self.facts),
+            "members": any(name.startswith("reward_hacking/") for name in self.facts),
+        }
+        return frozenset(name for name, known in there.items() if not known)
 
     def since(self, step: int) -> View:
         """What came after `step` updates, with what was before left out."""
@@ -108,10 +122,12 @@ def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None)
     lines: dict[str, tuple[list[int], list[float]]] = {
         name: (list(one.steps), list(one.values)) for name, one in before.items()
     }
+    absent = None if after is None or not done else after.absent
     for number in run.steps() if reduce else ():
         if number in done:
             continue
         step = run.step(number)
+        absent = step.absent if absent is None else absent & step.absent
         for reducer in reduce:
             for name, value in reducer(step).items():
                 steps, values = lines.setdefault(name, ([], []))
@@ -129,6 +145,7 @@ def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None)
         samples=samples,
         phrases=tuple(phrases_of(samples)),
         settings=run.settings,
+        absent=absent or frozenset(),
     )
 
 
@@ -150,6 +167,7 @@ def save(view: View, path: Path) -> None:
         ],
         "phrases": [_plain(one) for one in view.phrases],
         "settings": view.settings,
+        "absent": sorted(view.absent),
     }
     text = json.dumps(record, separators=(",", ":"), allow_nan=False)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
@@ -174,6 +192,7 @@ def load(path: Path) -> View:
         ),
         phrases=tuple(_phrase(one) for one in record["phrases"]),
         settings=record["settings"],
+        absent=frozenset(record.get("absent", ())),
     )
 
 

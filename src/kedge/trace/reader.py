@@ -90,6 +90,7 @@ class StepTrace:
     loss_beta: Array  # [B] advantage per nat of a KL term in the loss, nan where it is not known
     learning: Mapping[str, Any]  # what the optimiser was told; empty in older traces
     response_ids: Array | None  # [B, T] token ids, zeros outside the response; None where text is not kept
+    absent: frozenset[str] = frozenset()  # of schema.OPTIONAL, what the trainer did not tell; its floats are nan
 
     def __len__(self) -> int:
         return len(self.ended)
@@ -266,7 +267,11 @@ def read_step(path: Path) -> StepTrace:
     column = {name: table.column(name).combine_chunks() for name in table.column_names}
     counts = np.diff(column["response_mask"].offsets.to_numpy())
 
+    absent = frozenset(str(name) for name in about.get("absent", ()))
+
     def padded(name: str) -> Array:
+        if name in absent and name in TOKEN_FLOATS:
+            return np.full((len(counts), int(counts.max(initial=1))), np.nan, np.float32)
         return _padded(column[name], counts, path, name)
 
     def stacked(prefix: str) -> Array:
@@ -303,6 +308,7 @@ def read_step(path: Path) -> StepTrace:
         loss_beta=flat("loss_beta"),
         learning=dict(about.get("learning", {})),
         response_ids=None if column["response_ids"].null_count else padded("response_ids"),
+        absent=absent,
     )
 
 

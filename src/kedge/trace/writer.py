@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from kedge.trace.jsonl import cannot_write, temporary_name
 from kedge.trace.run_dir import RunDir
-from kedge.trace.schema import METADATA_KEY, TOKEN_FLOATS, TRUST, VERSION, probe_schema, sample_schema, step_schema
+from kedge.trace.schema import (
+    METADATA_KEY,
+    OPTIONAL,
+    TOKEN_FLOATS,
+    TRUST,
+    VERSION,
+    probe_schema,
+    sample_schema,
+    step_schema,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,8 +81,11 @@ class StepRecord:
     members: Array | None = None  # [B, M] normalised scores of a reward model's members, where it has several
     disagreement: Array | None = None  # [B] normalised score; nan where it is not known
     support_distance: Array | None = None  # [B] Mahalanobis
+    absent: frozenset[str] = frozenset()  # of schema.OPTIONAL, what the trainer does not tell; its floats are nan
 
     def __post_init__(self) -> None:
+        if unknown := self.absent - set(OPTIONAL):
+            raise ValueError(f"{sorted(unknown)} cannot be absent")
         batch, length = self.response_ids.shape
         width = len(self.channels)
         shapes = {
@@ -238,7 +250,10 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
         "response_mask": _ragged(mask, context, pa.bool_()),
         "ended": record.ended.astype(bool),
         "active": _ragged(record.active.astype(bool), context, pa.bool_()),
-        **{name: _ragged(getattr(record, name), context, pa.float32()) for name in TOKEN_FLOATS},
+        **{
+            name: None if name in record.absent else _ragged(getattr(record, name), context, pa.float32())
+            for name in TOKEN_FLOATS
+        },
         "shift": record.shift,
         "scale": record.scale,
         "loss_beta": record.loss_beta,
@@ -255,6 +270,8 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
     table = _table(columns, step_schema(record.channels, record.member_count), batch)
     about = {name: getattr(record, name) for name in ("step", "channels", "gamma", "lam", "critic")}
     about |= {"members": record.member_count, "learning": dict(record.learning)}
+    if record.absent:
+        about["absent"] = sorted(record.absent)
     return table.replace_schema_metadata({METADATA_KEY: json.dumps({"schema": VERSION, **about}, sort_keys=True)})
 
 

@@ -13,9 +13,10 @@ from functools import cache
 
 from kedge.diagnose.checks.check import Check
 from kedge.diagnose.finding import Finding
+from kedge.diagnose.needs import missing
 from kedge.diagnose.view import Reducer, View
 
-__all__ = ["Check", "all_checks", "check_named", "page", "reducers", "run_checks"]
+__all__ = ["Check", "all_checks", "check_named", "page", "possible", "reducers", "run_checks"]
 
 
 @cache
@@ -33,12 +34,17 @@ def check_named(name: str) -> Check:
 
 def reducers() -> Iterator[Reducer]:
     """What all checks want to know of every step."""
-    return (check.reduce for check in all_checks() if check.reduce is not None)
+    return (check.facts for check in all_checks() if check.reduce is not None)
 
 
 def run_checks(view: View, names: frozenset[str] | None = None) -> tuple[Finding, ...]:
     """What every check, or those named, finds in a view, in the order of `all_checks`."""
     return tuple(check(view) for check in all_checks() if names is None or check.name in names)
+
+
+def possible(view: View) -> tuple[tuple[Check, tuple[str, ...]], ...]:
+    """Every check with what the run lacks for it; nothing lacks where it can be made."""
+    return tuple((check, missing(check.needs, view.absent | view.lacks)) for check in all_checks())
 
 
 def page(check: Check) -> str:

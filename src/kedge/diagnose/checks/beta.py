@@ -151,4 +151,12 @@ def _before_drop(kl: Array, at: int) -> float:
     return float(np.nanmedian(past)) if np.isfinite(past).any() else 1.0
 
 
-CHECK = Check("beta", "the KL coefficient fell or is too small", Kind.INTEGRITY, ("M1",), judge, facts)
+CHECK = Check(
+    "beta",
+    "the KL coefficient fell or is too small",
+    Kind.INTEGRITY,
+    ("M1",),
+    judge,
+    facts,
+    needs=("old_logprob", "reference_logprob"),
+)

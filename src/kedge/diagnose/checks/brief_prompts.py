@@ -76,4 +76,11 @@ def judge(view: View) -> Finding:
     return graded(finding, min(STRONGEST, float(strength.max())))
 
 
-CHECK = Check("brief_prompts", "length spreads to prompts that need none", Kind.CAUSE, ("M17",), judge)
+CHECK = Check(
+    "brief_prompts",
+    "length spreads to prompts that need none",
+    Kind.CAUSE,
+    ("M17",),
+    judge,
+    needs=("probes | evaluations",),
+)

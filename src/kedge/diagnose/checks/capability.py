@@ -63,4 +63,4 @@ def judge(view: View) -> Finding:
     return graded(finding, max(0.0, min(STRONGEST, float(lost.values.max()) / limit)))
 
 
-CHECK = Check("capability", "held-out text is lost", Kind.SYMPTOM, (), judge)
+CHECK = Check("capability", "held-out text is lost", Kind.SYMPTOM, (), judge, needs=("evaluations",))

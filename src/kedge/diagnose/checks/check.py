@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from kedge.diagnose.finding import Finding
-from kedge.diagnose.view import Reducer, View
+from kedge.diagnose.finding import Finding, not_checked
+from kedge.diagnose.needs import in_words, missing
+from kedge.diagnose.view import Facts, Reducer, View
+from kedge.trace.reader import StepTrace
 
 
 class Kind(Enum):
@@ -27,7 +29,8 @@ class Kind(Enum):
 class Check:
     """A check: `judge` turns a view into a finding, from the facts that `reduce` takes from every step.
 
-    `mechanisms` are numbers of `kedge.diagnose.mechanisms`. `validated` is false until faults and healthy runs that
+    Where a trace lacks what the check `needs`, it says so and is not asked. `mechanisms` are numbers of
+    `kedge.diagnose.mechanisms`. `validated` is false until faults and healthy runs that
     were not seen while it was written have tried it; such a check never ranks first.
     """
 
@@ -37,8 +40,15 @@ class Check:
     mechanisms: tuple[str, ...]
     judge: Callable[[View], Finding]
     reduce: Reducer | None = None
+    needs: tuple[str, ...] = ()  # sources of `kedge.diagnose.needs`; `a | b` where either will do
     validated: bool = False
 
     def __call__(self, view: View) -> Finding:
         """What the check finds; it carries whether the check has been validated."""
-        return replace(self.judge(view), validated=self.validated)
+        lacking = missing(self.needs, view.absent)
+        found = not_checked(self.name, f"the trace lacks {in_words(lacking)}") if lacking else self.judge(view)
+        return replace(found, validated=self.validated)
+
+    def facts(self, step: StepTrace) -> Facts:
+        """What `reduce` takes from a step; nothing where the step lacks what the check needs."""
+        return {} if self.reduce is None or missing(self.needs, step.absent) else self.reduce(step)

@@ -184,4 +184,12 @@ def _remedies(beta: Series, kl: Series, streak: Streak) -> tuple[Remedy, ...]:
     )
 
 
-CHECK = Check("controller", "the KL controller is saturated or dead", Kind.INTEGRITY, ("M12", "M3"), judge, facts)
+CHECK = Check(
+    "controller",
+    "the KL controller is saturated or dead",
+    Kind.INTEGRITY,
+    ("M12", "M3"),
+    judge,
+    facts,
+    needs=("old_logprob", "reference_logprob"),
+)

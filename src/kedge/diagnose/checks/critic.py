@@ -148,4 +148,6 @@ _REMEDIES = (
     ),
 )
 
-CHECK = Check("critic", "the critic does not predict the returns", Kind.CAUSE, ("M5",), judge, facts)
+CHECK = Check(
+    "critic", "the critic does not predict the returns", Kind.CAUSE, ("M5",), judge, facts, needs=("values", "score")
+)

@@ -135,4 +135,6 @@ def _words(gamma: Array, lam: Array, at: int, half: float, fell: bool) -> str:
     return f"{said} The run began with gamma {gamma[0]:g} and lambda {lam[0]:g}." if fell else said
 
 
-CHECK = Check("discount", "discounting smears or hides the reward", Kind.INTEGRITY, ("M9",), judge, facts)
+CHECK = Check(
+    "discount", "discounting smears or hides the reward", Kind.INTEGRITY, ("M9",), judge, facts, needs=("score",)
+)

@@ -57,15 +57,15 @@ def facts(step: StepTrace) -> Facts:
     last, ended = at_last(step), step.ended.astype(bool)
     found = {"ending/cut": float((~ended).mean())}
     ends = last & ended[:, None]
-    if ends.any() and step.tokens["old_eos_logprob"][ends].any():
+    if ends.any() and "old_eos_logprob" not in step.absent and step.tokens["old_eos_logprob"][ends].any():
         gap = np.abs(step.tokens["old_logprob"] - step.tokens["old_eos_logprob"])[ends]
         found["ending/eos"] = float((gap < SAME).mean())
-    if ends.any():
+    if ends.any() and not step.absent & {"active", "old_logprob", "new_logprob"}:
         found["ending/untrained"] = float((~step.active & (np.abs(moved(step)) < _clip(step) / 2))[ends].mean())
     weights = weight(step, "missing_eos")
     if weights is not None:
         found["ending/weight"] = float(weights.mean())
-    if ended.any() and not ended.all():
+    if ended.any() and not ended.all() and "score" not in step.absent:
         reward = paid(step)
         found["ending/costs"] = float(reward[ended].mean() - reward[~ended].mean())
     return found
@@ -181,4 +181,4 @@ _MASK = (
 )
 _REMEDIES = {"mask": _MASK, "loss": _MASK, "weight": _PENALTY, "paid": _PENALTY, "rise": _PENALTY}
 
-CHECK = Check("ending", "ending is not learnt", Kind.INTEGRITY, ("M10",), judge, facts)
+CHECK = Check("ending", "ending is not learnt", Kind.INTEGRITY, ("M10",), judge, facts, needs=("ended",))

@@ -107,4 +107,12 @@ def _rise(entropy: Array) -> Array:
     return np.asarray(level - np.minimum.accumulate(level))
 
 
-CHECK = Check("entropy_bonus", "an entropy bonus drives to noise", Kind.CAUSE, ("M24",), judge, facts)
+CHECK = Check(
+    "entropy_bonus",
+    "an entropy bonus drives to noise",
+    Kind.CAUSE,
+    ("M24",),
+    judge,
+    facts,
+    needs=("entropy", "advantage"),
+)

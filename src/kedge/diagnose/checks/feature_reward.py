@@ -178,4 +178,6 @@ def _remedies(view: View, best: _Paid | _Began) -> tuple[Remedy, ...]:
     return tuple(found)
 
 
-CHECK = Check("feature_reward", "reward pays for a feature of form", Kind.CAUSE, ("M14",), judge)
+CHECK = Check(
+    "feature_reward", "reward pays for a feature of form", Kind.CAUSE, ("M14",), judge, needs=("probes | samples",)
+)

@@ -51,7 +51,7 @@ def facts(step: StepTrace) -> Facts:
     # With several minibatches but one epoch a row is seen before or after the step, so the mean moves all the same.
     found = {
         "frozen/advantage": float(np.abs(step.advantage())[mask].mean()),
-        "frozen/active": float(step.active[mask].mean()),
+        "frozen/active": np.nan if "active" in step.absent else float(step.active[mask].mean()),
     }
     return found | ({"frozen/moved": distance} if distance > 0 or steps > 1 else {})
 
@@ -165,4 +165,12 @@ _REMEDIES = {
     "optimiser": _RATE,
 }
 
-CHECK = Check("frozen", "the policy does not change", Kind.CAUSE, (), judge, facts)
+CHECK = Check(
+    "frozen",
+    "the policy does not change",
+    Kind.CAUSE,
+    (),
+    judge,
+    facts,
+    needs=("new_logprob | probes", "advantage"),
+)

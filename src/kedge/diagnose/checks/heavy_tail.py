@@ -81,4 +81,6 @@ def judge(view: View) -> Finding:
     return graded(finding, min(STRONGEST, value / SHARE))
 
 
-CHECK = Check("heavy_tail", "a few responses make the gradient", Kind.CAUSE, ("M16",), judge, facts)
+CHECK = Check(
+    "heavy_tail", "a few responses make the gradient", Kind.CAUSE, ("M16",), judge, facts, needs=("score", "advantage")
+)

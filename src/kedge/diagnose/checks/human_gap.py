@@ -55,4 +55,4 @@ def judge(view: View) -> Finding:
     return graded(finding, max(0.0, min(STRONGEST, lost)))
 
 
-CHECK = Check("human_gap", "people and score part", Kind.SYMPTOM, ("M22",), judge)
+CHECK = Check("human_gap", "people and score part", Kind.SYMPTOM, ("M22",), judge, needs=("labels",))

@@ -201,4 +201,12 @@ _REMEDIES = (
     ),
 )
 
-CHECK = Check("kl_estimator", "the KL that counts is not the KL", Kind.INTEGRITY, ("M13",), judge, facts)
+CHECK = Check(
+    "kl_estimator",
+    "the KL that counts is not the KL",
+    Kind.INTEGRITY,
+    ("M13",),
+    judge,
+    facts,
+    needs=("old_logprob", "reference_logprob"),
+)

@@ -97,4 +97,6 @@ def judge(view: View) -> Finding:
     )
 
 
-CHECK = Check("length_normalised", "long answers are under-punished", Kind.INTEGRITY, ("M8",), judge, facts)
+CHECK = Check(
+    "length_normalised", "long answers are under-punished", Kind.INTEGRITY, ("M8",), judge, facts, needs=("advantage",)
+)

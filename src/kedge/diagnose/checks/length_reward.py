@@ -279,4 +279,6 @@ def _remedies(view: View, recent: tuple[Pairs, ...], began: _Began | None) -> tu
     return tuple(found)
 
 
-CHECK = Check("length_reward", "reward pays for length", Kind.CAUSE, ("M1", "M2", "M14"), judge, facts)
+CHECK = Check(
+    "length_reward", "reward pays for length", Kind.CAUSE, ("M1", "M2", "M14"), judge, facts, needs=("score",)
+)

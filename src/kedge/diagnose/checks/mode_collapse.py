@@ -116,4 +116,4 @@ def _answers(view: View) -> _Loss | None:
     )
 
 
-CHECK = Check("mode_collapse", "answers are all the same", Kind.SYMPTOM, (), judge)
+CHECK = Check("mode_collapse", "answers are all the same", Kind.SYMPTOM, (), judge, needs=("entropy | samples",))

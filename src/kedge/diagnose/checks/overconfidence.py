@@ -53,4 +53,4 @@ def judge(view: View) -> Finding:
     return graded(finding, max(0.0, min(STRONGEST, wider)))
 
 
-CHECK = Check("overconfidence", "surer than right", Kind.SYMPTOM, (), judge)
+CHECK = Check("overconfidence", "surer than right", Kind.SYMPTOM, (), judge, needs=("labels",))

@@ -146,4 +146,4 @@ def judge(view: View) -> Finding:
     )
 
 
-CHECK = Check("prompt_mix", "other prompts are asked", Kind.BENIGN, ("M23",), judge, facts)
+CHECK = Check("prompt_mix", "other prompts are asked", Kind.BENIGN, ("M23",), judge, facts, needs=("prompts",))

@@ -88,4 +88,12 @@ def judge(view: View) -> Finding:
     return graded(finding, min(STRONGEST, value / OFFSET))
 
 
-CHECK = Check("prompt_offset", "prompts differ in score, not answers", Kind.CAUSE, ("M25",), judge, facts)
+CHECK = Check(
+    "prompt_offset",
+    "prompts differ in score, not answers",
+    Kind.CAUSE,
+    ("M25",),
+    judge,
+    facts,
+    needs=("group", "score", "values"),
+)

@@ -162,4 +162,12 @@ _REMEDIES = (
     ),
 )
 
-CHECK = Check("reference", "the reference moved or is not the start", Kind.INTEGRITY, ("M18",), judge, facts)
+CHECK = Check(
+    "reference",
+    "the reference moved or is not the start",
+    Kind.INTEGRITY,
+    ("M18",),
+    judge,
+    facts,
+    needs=("old_logprob", "reference_logprob"),
+)

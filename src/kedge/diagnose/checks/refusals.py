@@ -63,4 +63,4 @@ def judge(view: View) -> Finding:
     return graded(finding, max(0.0, min(STRONGEST, value / least)))
 
 
-CHECK = Check("refusals", "more refusals", Kind.SYMPTOM, (), judge)
+CHECK = Check("refusals", "more refusals", Kind.SYMPTOM, (), judge, needs=("samples",))

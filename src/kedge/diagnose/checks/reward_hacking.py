@@ -119,4 +119,12 @@ def _divergence(score: Series, second: _Second) -> tuple[float, int | None]:
     return float(strengths.max()), int(other.steps[loud[0]]) if len(loud) else None
 
 
-CHECK = Check("reward_hacking", "another judge disagrees with the score", Kind.SYMPTOM, (), judge, facts)
+CHECK = Check(
+    "reward_hacking",
+    "another judge disagrees with the score",
+    Kind.SYMPTOM,
+    (),
+    judge,
+    facts,
+    needs=("members | labels",),
+)

@@ -64,4 +64,4 @@ def judge(view: View) -> Finding:
     return graded(finding, max(0.0, min(STRONGEST, (value - 1) / (LONGER - 1))))
 
 
-CHECK = Check("runaway_length", "answers run long", Kind.SYMPTOM, ("M2",), judge)
+CHECK = Check("runaway_length", "answers run long", Kind.SYMPTOM, ("M2",), judge, needs=("samples | evaluations",))

@@ -131,4 +131,12 @@ def _words(gap: float, surprise: float, *, odd: bool) -> str:
     return f"{said} The tokens are {abs(surprise):.2g} nats {likely} under the learner than its own draws would be."
 
 
-CHECK = Check("sampler", "sampler and learner differ", Kind.INTEGRITY, ("M4",), judge, facts)
+CHECK = Check(
+    "sampler",
+    "sampler and learner differ",
+    Kind.INTEGRITY,
+    ("M4",),
+    judge,
+    facts,
+    needs=("behaviour_logprob", "old_logprob"),
+)

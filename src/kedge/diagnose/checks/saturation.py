@@ -112,4 +112,4 @@ def _remedies(extreme: float) -> tuple[Remedy, ...]:
     )
 
 
-CHECK = Check("saturation", "a clamp holds what should teach", Kind.INTEGRITY, ("M21",), judge, facts)
+CHECK = Check("saturation", "a clamp holds what should teach", Kind.INTEGRITY, ("M21",), judge, facts, needs=("score",))

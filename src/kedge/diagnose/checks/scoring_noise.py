@@ -81,4 +81,12 @@ def judge(view: View) -> Finding:
     )
 
 
-CHECK = Check("scoring_noise", "scoring and training disagree", Kind.INTEGRITY, ("M20",), judge, facts)
+CHECK = Check(
+    "scoring_noise",
+    "scoring and training disagree",
+    Kind.INTEGRITY,
+    ("M20",),
+    judge,
+    facts,
+    needs=("old_logprob", "reference_logprob"),
+)

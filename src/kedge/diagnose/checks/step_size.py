@@ -53,7 +53,7 @@ def facts(step: StepTrace) -> Facts:
         return {}
     # An end that is left out of the loss is not active either, and no clip holds it.
     inner = mask & ~at_last(step)
-    clipped = float(1 - step.active[inner].mean()) if inner.any() else np.nan
+    clipped = float(1 - step.active[inner].mean()) if inner.any() and "active" not in step.absent else np.nan
     found = {"step_size/moved": float(distance.mean()), "step_size/clipped": clipped}
     for name in ("epochs", "minibatches"):
         if name in step.learning:
@@ -129,4 +129,6 @@ def _remedies(view: View, distance: float, usual: float, epochs: float) -> tuple
     return tuple(found[:2])
 
 
-CHECK = Check("step_size", "an update goes too far", Kind.CAUSE, ("M11",), judge, facts)
+CHECK = Check(
+    "step_size", "an update goes too far", Kind.CAUSE, ("M11",), judge, facts, needs=("old_logprob", "new_logprob")
+)

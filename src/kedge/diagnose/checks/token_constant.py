@@ -138,4 +138,4 @@ def _remedies(name: str) -> tuple[Remedy, ...]:
     )
 
 
-CHECK = Check("token_constant", "a constant per token", Kind.INTEGRITY, ("M7", "M24"), judge, facts)
+CHECK = Check("token_constant", "a constant per token", Kind.INTEGRITY, ("M7", "M24"), judge, facts, needs=("score",))

@@ -126,4 +126,4 @@ def _remedies(view: View) -> tuple[Remedy, ...]:
     )
 
 
-CHECK = Check("wasted_kl", "divergence that buys no score", Kind.CAUSE, ("M11", "M5"), judge)
+CHECK = Check("wasted_kl", "divergence that buys no score", Kind.CAUSE, ("M11", "M5"), judge, needs=("evaluations",))

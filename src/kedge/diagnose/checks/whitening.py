@@ -94,4 +94,12 @@ def judge(view: View) -> Finding:
     )
 
 
-CHECK = Check("whitening", "whitening turns the sign of advantages", Kind.CAUSE, ("M6",), judge, facts)
+CHECK = Check(
+    "whitening",
+    "whitening turns the sign of advantages",
+    Kind.CAUSE,
+    ("M6",),
+    judge,
+    facts,
+    needs=("advantage", "values"),
+)
