@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="make only these cases again")
     given = parser.parse_args()
+    PAGES.mkdir(parents=True, exist_ok=True)
     path = PAGES / "cases.json"
     chosen = [case for case in CASES if not given.only or case.name in given.only]
     jobs = [Job(case, seed, given.out) for case in chosen for seed in given.seeds]
