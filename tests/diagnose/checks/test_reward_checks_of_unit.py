@@ -149,6 +149,32 @@ def test_a_grade_is_no_clamp() -> None:
     assert found(SATURATION, [Graded(step) for step in range(10)]).status == "ok"
 
 
+@pytest.mark.parametrize("limit", [0.0, 5.0])
+def test_right_or_wrong_is_no_clamp(limit: float) -> None:
+    """Most answers are right, or all of them are: nothing is held."""
+
+    class Verified(Made):
+        def rows(self) -> StepTrace:
+            rows = super().rows()
+            last = rows.rewards[..., 0] != 0
+            rows.rewards[..., 0] = np.where(last & (rows.rewards[..., 0] < limit), 1.0, 0.0)
+            return rows
+
+    finding = found(SATURATION, [Verified(step) for step in range(10)])
+    assert finding.status == "ok"
+
+
+def test_a_clamp_that_comes_to_hold_all_scores_is_found() -> None:
+    class Held(Made):
+        def rows(self) -> StepTrace:
+            rows = super().rows()
+            if self.step >= 5:
+                rows.rewards[..., 0] = np.where(rows.rewards[..., 0] != 0, 3.0, 0.0)
+            return rows
+
+    assert found(SATURATION, [Held(step) for step in range(14)]).status == "fail"
+
+
 def test_length_in_the_divisor_matters_with_the_kl_in_the_loss() -> None:
     mean = {**LEARNING, "aggregation": "sequence_mean"}
     both = found(NORMALISED, run(8, learning=mean, in_loss="k2", longest=40, end=-0.5))

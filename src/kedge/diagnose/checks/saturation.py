@@ -48,9 +48,9 @@ def facts(step: StepTrace) -> Facts:
     if score is not None:
         sums = score.sum(axis=1)
         for name, extreme in (("top", sums.max()), ("bottom", sums.min())):
-            share = float((sums == extreme).mean())
             found[f"saturation/{name}"] = float(extreme)
-            found[f"saturation/{name}_share"] = share if len(np.unique(sums)) >= VALUES or share > 0.5 else 0.0
+            found[f"saturation/{name}_share"] = float((sums == extreme).mean())
+        found["saturation/values"] = float(len(np.unique(sums)))
     paid = channel(step, "kl")
     if paid is not None and step.response_mask.any():
         size = np.abs(np.where(step.response_mask, paid, 0.0))
@@ -96,12 +96,15 @@ def judge(view: View) -> Finding:
 
 
 def _held(view: View, name: str, steps: Array) -> Array:
-    """The share at an extreme that is the same as a step earlier, else 0."""
+    """The share at an extreme that is the same as a step earlier, else 0; 0 for a grade."""
     extreme = aligned(view.facts.get(f"saturation/{name}"), steps)
     share = aligned(view.facts.get(f"saturation/{name}_share"), steps)
     same = np.zeros(len(steps), dtype=bool)
     same[1:] = np.abs(np.diff(extreme)) <= 1e-6 * (1 + np.abs(extreme[1:]))
-    return np.where(same, np.nan_to_num(share), 0.0)
+    values = aligned(view.facts.get("saturation/values"), steps)
+    # Once a score has taken many values it is no grade; what holds nearly all of them later leaves few.
+    many = np.maximum.accumulate(np.nan_to_num(values, nan=VALUES)) >= VALUES
+    return np.where(same & many, np.nan_to_num(share), 0.0)
 
 
 def _remedies(extreme: float) -> tuple[Remedy, ...]:
