@@ -21,6 +21,7 @@ SOURCES = {
     "ended": "whether responses ended",
     "group": "which responses answer the same prompt",
     "advantage": "advantages",
+    "beta": "where and how much the KL is charged",
     "score": "scores",
     "prompts": "texts of prompts",
     "samples": "answers of policy and reference side by side",

@@ -18,7 +18,7 @@ def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float)
     result [B, T, C], zero where the mask is false.
     """
     rewards, values = rewards.astype(np.float64), values.astype(np.float64)
-    running = np.zeros_like(rewards[:, 0])
+    running = np.zeros((len(rewards), rewards.shape[2]))
     next_value = np.zeros_like(running)
     advantages = np.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):

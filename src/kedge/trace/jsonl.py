@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,11 @@ def read_json_lines(path: Path) -> list[Record]:
     return [record for record, _ in _lines(path)]
 
 
+def each_json_line(path: Path) -> Iterator[Record]:
+    """The same one by one, for files of which not every record should be in memory at once."""
+    return (record for record, _ in _lines(path))
+
+
 def keep_json_lines(path: Path, keep: Callable[[Record], bool]) -> None:
     """Rewrite `path` with the lines that `keep` accepts, their bytes unchanged; a torn last line goes."""
     if not path.exists():
@@ -62,7 +68,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of the failure itself, the same disk's
+            temporary.unlink()
         raise cannot_write(path, error) from error
 
 

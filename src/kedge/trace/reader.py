@@ -6,6 +6,7 @@ Dimensions: B responses, T response tokens, C channels. Files are opened when as
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kedge.errors import InputError, Problem
 from kedge.trace.advantages import gae
-from kedge.trace.jsonl import Record, read_json_lines
+from kedge.trace.jsonl import Record, each_json_line, read_json_lines
 from kedge.trace.run_dir import RunDir
 from kedge.trace.schema import (
     LATER,
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Array = NDArray[Any]
-_RELATIVE = 1e-3  # of the sum of absolute advantages in the digest
+RELATIVE = 1e-3  # of the sum of absolute advantages in the digest
 _ROUNDING = 1e-5  # of the sum of absolute parts: float32 sums of terms that cancel
-_FLOOR = 1e-6
-_FLOAT32 = 8 * 2.0**-24  # roundings of a token, each of half a unit in the last place
+FLOOR = 1e-6
+FLOAT32 = 8 * 2.0**-24  # roundings of a token, each of half a unit in the last place
 
 
 class Series(NamedTuple):
@@ -133,14 +134,14 @@ class StepTrace:
         mask = self.response_mask[..., None]
         rewards, values = (np.abs(np.where(mask, given, 0.0)) for given in (self.rewards, self.values))
         terms = (np.abs(self.weights) * (rewards.sum(axis=1) + values.max(axis=1, initial=0.0))).sum(axis=1)
-        return np.asarray(_FLOAT32 * self.lengths * (terms + np.abs(self.shift)) / np.abs(self.scale))
+        return np.asarray(FLOAT32 * self.lengths * (terms + np.abs(self.shift)) / np.abs(self.scale))
 
     def check_digest(self) -> None:
         """Raise InputError, naming file and row, unless the derived advantage is the one training used."""
         advantage = self.advantage()
         terms = np.abs(self.weights[:, None, :] * self.gae).sum(axis=(1, 2)) / np.abs(self.scale)
         shifts = np.abs(self.shift / self.scale) * self.lengths
-        tolerance = _RELATIVE * self.advantage_abs_sum + _ROUNDING * (terms + shifts) + self.rounding + _FLOOR
+        tolerance = RELATIVE * self.advantage_abs_sum + _ROUNDING * (terms + shifts) + self.rounding + FLOOR
         signed = np.abs(advantage.sum(axis=1) - self.advantage_sum)
         absolute = np.abs(np.abs(advantage).sum(axis=1) - self.advantage_abs_sum)
         within = (signed <= tolerance) & (absolute <= tolerance)  # false for nan
@@ -182,12 +183,17 @@ class Run:
         return settings if isinstance(settings, dict) else {}
 
     @cached_property
-    def _metric_lines(self) -> list[Record]:
-        return read_json_lines(self.dir.metrics)
+    def _metrics(self) -> dict[str, dict[str, Series]]:
+        """Every stage's metrics, as series: the lines themselves would take many times the memory."""
+        stages: dict[str, _Lines] = {}
+        for line in each_json_line(self.dir.metrics):
+            if isinstance(line.get("stage"), str):
+                stages.setdefault(line["stage"], _Lines()).add(line)
+        return {stage: found.series() for stage, found in stages.items()}
 
     def metrics(self, stage: str) -> dict[str, Series]:
         """Every metric of `stage` by name; empty when the stage has not begun."""
-        return series(line for line in self._metric_lines if line.get("stage") == stage)
+        return self._metrics.get(stage, {})
 
     def timings(self, stage: str = "policy") -> dict[str, Series]:
         """Every timing of `stage` by name, in seconds."""
@@ -220,8 +226,7 @@ class Run:
 
     def probes(self, step: int | None = None) -> pa.Table:
         """Probe answers after `step` updates, or all; columns of `schema.probe_schema`."""
-        paths = [path for at, path in self.dir.files("probes") if step is None or at == step]
-        return _tables(paths, probe_schema())
+        return _tables(self._files("probes", step), probe_schema())
 
     def sample_steps(self) -> tuple[int, ...]:
         """Update counts after which evaluation samples were kept."""
@@ -229,8 +234,14 @@ class Run:
 
     def samples(self, step: int | None = None) -> pa.Table:
         """Evaluation samples after `step` updates, or all; columns of `schema.sample_schema`."""
-        paths = [path for at, path in self.dir.files("samples") if step is None or at == step]
-        return _tables(paths, sample_schema())
+        return _tables(self._files("samples", step), sample_schema())
+
+    def _files(self, kind: str, step: int | None) -> list[Path]:
+        """All files of a kind, or that of one step; listing a long run's folder for each step would take for ever."""
+        if step is None:
+            return [path for _, path in self.dir.files(kind)]
+        path = self.dir.probes_file(step) if kind == "probes" else self.dir.samples_file(step)
+        return [path] if path.exists() else []
 
 
 def read_run(path: Path | str) -> Run:
@@ -241,24 +252,38 @@ def read_run(path: Path | str) -> Run:
 
 def series(lines: Iterator[Record]) -> dict[str, Series]:
     """JSON lines turned into one series per numeric key, in order of lines."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(lines):
-        step = int(line.get("step", number))
+    found = _Lines()
+    for line in lines:
+        found.add(line)
+    return found.series()
+
+
+class _Lines:
+    """Series of JSON lines, 16 bytes a number."""
+
+    def __init__(self) -> None:
+        self._lines = 0
+        self._found: dict[str, tuple[array[int], array[float]]] = {}
+
+    def add(self, line: Record) -> None:
+        step = int(line.get("step", self._lines))
+        self._lines += 1
         for name, value in line.items():
             if name == "step" or isinstance(value, str | bool):
                 continue
             if value is None or isinstance(value, int | float):
-                found.setdefault(name, []).append((step, float("nan") if value is None else float(value)))
-    return {
-        name: Series(np.array([step for step, _ in pairs]), np.array([value for _, value in pairs]))
-        for name, pairs in found.items()
-    }
+                steps, values = self._found.setdefault(name, (array("q"), array("d")))
+                steps.append(step)
+                values.append(float("nan") if value is None else float(value))
+
+    def series(self) -> dict[str, Series]:
+        return {name: Series(np.array(steps), np.array(values)) for name, (steps, values) in self._found.items()}
 
 
 def read_step(path: Path) -> StepTrace:
     """The rows in one `step-*.parquet`, digest unchecked. Raises InputError when the file is missing or damaged."""
 
-    table = _parquet(path)
+    table = read_table(path)
     about = _about(table, path)
     channels = tuple(str(channel) for channel in about["channels"])
     members = int(about.get("members", 0))
@@ -342,13 +367,14 @@ def _about(table: pa.Table, path: Path) -> Record:
     return dict(about)
 
 
-def _parquet(path: Path) -> pa.Table:
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file of a run as it is, or only `columns`. Raises InputError when it is missing or damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            table: pa.Table = file.read()
+            table: pa.Table = file.read(columns=None if columns is None else list(columns))
             return table
     except FileNotFoundError:
         remedy = "see trace.keep in the recipe: old steps may have been removed"
@@ -370,7 +396,7 @@ def _tables(paths: list[Path], schema: pa.Schema) -> pa.Table:
 
     tables = []
     for path in paths:
-        table = _parquet(path)
+        table = read_table(path)
         if set(LATER_SAMPLES) <= set(schema.names):
             table = _with_later(table, LATER_SAMPLES)
         _expect_columns(table, schema, path)

@@ -263,7 +263,7 @@ TOKEN_FLOATS = (
     "entropy",
 )
 TRUST = ("disagreement", "support_distance")  # null where they are not known; older traces lack them
-OPTIONAL = (*TOKEN_FLOATS, "active", "values", "ended", "group", "advantage", "score")
+OPTIONAL = (*TOKEN_FLOATS, "active", "values", "ended", "group", "advantage", "beta", "score")
 """What another trainer may not tell; a trace names those it lacks in its metadata (`absent`)."""
 LATER = (*TRUST, "loss_beta")  # columns that older traces lack
 LATER_SAMPLES = ("reference_kl", "reference_tokens")

@@ -5,6 +5,7 @@ Dimensions: B responses, P prompt tokens, T response tokens, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import queue
@@ -55,9 +56,9 @@ class StepRecord:
     lam: float
     critic: str  # "channels", "scalar", or "none" where values are a baseline
     group: Array  # [B]
-    prompt_ids: Array  # [B, P]
-    prompt_mask: Array  # [B, P] bool
-    response_ids: Array  # [B, T]
+    prompt_ids: Array | None  # [B, P]; None where ids are not known
+    prompt_mask: Array | None  # [B, P] bool
+    response_ids: Array | None  # [B, T]
     response_mask: Array  # [B, T] bool
     ended: Array  # [B] bool
     behaviour_logprob: Array  # [B, T] nats
@@ -86,14 +87,14 @@ class StepRecord:
     def __post_init__(self) -> None:
         if unknown := self.absent - set(OPTIONAL):
             raise ValueError(f"{sorted(unknown)} cannot be absent")
-        batch, length = self.response_ids.shape
+        batch, length = self.response_mask.shape
         width = len(self.channels)
         shapes = {
-            **dict.fromkeys(("response_mask", "active", "advantage", *TOKEN_FLOATS), (batch, length)),
+            **dict.fromkeys(("response_ids", "active", "advantage", *TOKEN_FLOATS), (batch, length)),
             **dict.fromkeys(("rewards", "values"), (batch, length, width)),
             **dict.fromkeys(("group", "ended", "shift", "scale", "loss_beta"), (batch,)),
             "weights": (batch, width),
-            "prompt_mask": self.prompt_ids.shape,
+            "prompt_mask": None if self.prompt_ids is None else self.prompt_ids.shape,
             "members": (batch, self.member_count),
             **dict.fromkeys(TRUST, (batch,)),
         }
@@ -165,15 +166,19 @@ class TraceWriter:
 
     def write_step(self, record: StepRecord) -> None:
         """Queue the rows of one policy step."""
-        self._put(lambda: self._step(record))
+        self._put(lambda: self.store(record))
 
     def write_probes(self, record: ProbeRecord) -> None:
         """Queue the probe answers after `record.step` updates."""
-        self._put(lambda: _write(probe_table(record, self._text), self._run.probes_file(record.step)))
+        self._put(lambda: write_table(probe_table(record, self._text), self._run.probes_file(record.step)))
 
     def write_samples(self, record: SampleRecord) -> None:
         """Queue the evaluation samples after `record.step` updates."""
-        self._put(lambda: _write(sample_table(record, self._text), self._run.samples_file(record.step)))
+        self._put(lambda: write_table(sample_table(record, self._text), self._run.samples_file(record.step)))
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Queue other work of the trace: it keeps its place among the files, and a failure is raised like theirs."""
+        self._put(job)
 
     def flush(self) -> None:
         """Wait until everything queued is on disk. Call it before a checkpoint: what the checkpoint says is done
@@ -222,8 +227,9 @@ class TraceWriter:
             finally:
                 self._jobs.task_done()
 
-    def _step(self, record: StepRecord) -> None:
-        _write(step_table(record, self._text), self._run.step_file(record.step))
+    def store(self, record: StepRecord) -> None:
+        """Write the rows of one policy step here and now; for jobs that `run` queues."""
+        write_table(step_table(record, self._text), self._run.step_file(record.step))
         if self._keep:
             for _, path in self._run.files("step")[: -self._keep]:
                 path.unlink()
@@ -245,8 +251,8 @@ def step_table(record: StepRecord, text: TextMode = "full") -> pa.Table:
         "policy_version": np.full(batch, record.policy_version),
         "prompt": _texts(record.prompts, text, batch),
         "response": _texts(record.responses, text, batch),
-        "prompt_ids": _ragged(record.prompt_ids, record.prompt_mask.astype(bool), pa.int32()) if full else None,
-        "response_ids": _ragged(record.response_ids, context, pa.int32()) if full else None,
+        "prompt_ids": _ids(record.prompt_ids, record.prompt_mask) if full else None,
+        "response_ids": _ids(record.response_ids, context) if full else None,
         "response_mask": _ragged(mask, context, pa.bool_()),
         "ended": record.ended.astype(bool),
         "active": _ragged(record.active.astype(bool), context, pa.bool_()),
@@ -332,6 +338,13 @@ def _ragged(padded: Array, keep: Array, kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind))
 
 
+def _ids(padded: Array | None, keep: Array | None) -> pa.Array | None:
+    """A list column of token ids, None where they are not known."""
+    import pyarrow as pa
+
+    return None if padded is None or keep is None else _ragged(padded, keep.astype(bool), pa.int32())
+
+
 def _nullable(values: Array | None) -> pa.Array | None:
     """Floats with null for nan."""
     import pyarrow as pa
@@ -349,8 +362,8 @@ def _texts(texts: Texts, mode: TextMode, count: int) -> pa.Array:
     return pa.array(list(texts), pa.string())
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    """Write `table` under a temporary name and rename it. Raises InputError when the disk is full or read-only."""
+def write_table(table: pa.Table, path: Path) -> None:
+    """Replace a Parquet file of a run at once. Raises InputError when the disk is full or read-only."""
     import pyarrow.parquet as pq
 
     temporary = temporary_name(path)
@@ -358,5 +371,6 @@ def _write(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary, compression="zstd", use_dictionary=["prompt", "variant"])
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of the failure itself, the same disk's
+            temporary.unlink()
         raise cannot_write(path, error) from error

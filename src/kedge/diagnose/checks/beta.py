@@ -158,5 +158,6 @@ CHECK = Check(
     ("M1",),
     judge,
     facts,
-    needs=("old_logprob", "reference_logprob"),
+    needs=("old_logprob", "reference_logprob", "beta"),
+    validated=True,
 )

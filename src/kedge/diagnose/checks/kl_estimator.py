@@ -11,9 +11,9 @@ KL looks fine in each of these cases.
 **How.** On each step the `kl` channel is set beside k1, k2, k3 and |k| of the logged log-probabilities. Its mean
 distance from k1, over the mean |k1|, is 0 to rounding where it is k1, token by token or summed up per response; it
 fails above 0.1 on three steps in a row. Steps at which policy and reference still agree (mean |k1| below 0.001 nats)
-say nothing. The estimator in the loss is what the optimiser was told: k1 fails, k3 warns. A KL that counts nowhere is
-a warning, since many choose it, and fails where KL per response passes 20 nats. Both fail in a run that had begun
-with a sound estimator.
+say nothing. The estimator in the loss is what the optimiser was told: k1 fails, k3 warns; k3 times the ratio (`k3+`)
+has the KL's gradient token by token and is sound. A KL that counts nowhere is a warning, since many choose it, and
+fails where KL per response passes 20 nats. Both fail in a run that had begun with a sound estimator.
 
 **False alarms.** k3 in the loss is common and is reported as a warning only: it holds the policy by another
 divergence, KL(π_ref‖π). A constant added to the channel is not this check's matter, see token_constant.
@@ -45,7 +45,7 @@ TIMES = 3  # steps in a row
 SPOKEN = 1e-3  # mean |k1| in nats per token from which a step says anything
 AWAY = 20.0  # nats per response: KL that ran away
 CAP = 10.0
-IN_LOSS = ("none", "k1", "k2", "k3", "full")
+IN_LOSS = ("none", "k1", "k2", "k3", "full", "k3+")
 FORCE = {"k1": 5.0, "k3": 0.8}  # strength of a wrong estimator in the loss
 CHANGED = {"loss k3": 2.0, "nowhere": 3.0}  # the same where the run had begun with a right one
 _FACTS = ("size", "kl", "weight", "loss_beta", "loss", "k1", "k2", "k3", "abs")
@@ -208,5 +208,6 @@ CHECK = Check(
     ("M13",),
     judge,
     facts,
-    needs=("old_logprob", "reference_logprob"),
+    needs=("old_logprob", "reference_logprob", "beta"),
+    validated=True,
 )
