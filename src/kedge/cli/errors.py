@@ -8,13 +8,21 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
 from kedge import __version__
 from kedge.errors import InputError, KedgeError, Problem
+from kedge.trace.run_dir import NotARun
 
-EXTRAS = {"train": ("torch", "transformers", "tokenizers", "safetensors", "httpx"), "hub": ("datasets", "peft")}
+EXTRAS = {
+    "audit": ("scipy", "krippendorff"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "httpx"),
+    "hub": ("datasets", "peft"),
+    "label": ("fastapi", "sqlalchemy", "uvicorn", "python_multipart"),
+    "postgres": ("psycopg",),
+}
 OS_REMEDIES = {
     errno.ENOSPC: "free some space, then go on with --resume",
     errno.EDQUOT: "free some of your quota, then go on with --resume",
@@ -30,6 +38,8 @@ OS_REMEDIES = {
 
 def explained(error: Exception, arguments: Sequence[str]) -> tuple[Sequence[Problem], int]:
     """What to tell the user about `error`, and the exit code."""
+    if isinstance(error, NotARun):
+        return [_to_import(error)], error.exit_code
     if isinstance(error, KedgeError):
         return getattr(error, "problems", (Problem("training", str(error)),)), error.exit_code
     if isinstance(error, typer.BadParameter.__bases__):  # every usage error, wherever typer keeps its class
@@ -40,9 +50,28 @@ def explained(error: Exception, arguments: Sequence[str]) -> tuple[Sequence[Prob
     problem = _missing_package(error) or _refused_by_system(error) or _out_of_memory(error)
     if problem is not None:
         return [problem], InputError.exit_code
-    kind = f"{type(error).__name__}: {error}".splitlines()[0]
-    remedy = f"please report it with the traceback in {_saved_traceback(error, arguments)}"
+    # What an unforeseen error says may be a text of the run: it goes to a file that the user can look at first.
+    kind = f"{type(error).__name__} in {_place(error)}"
+    remedy = f"please report it, without texts of yours, with the traceback in {_saved_traceback(error, arguments)}"
     return [Problem("kedge", f"this is a bug in Kedge ({kind})", remedy)], 1
+
+
+def _place(error: Exception) -> str:
+    """The last line of Kedge's own that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "kedge" in Path(frame.filename).parts] or list(frames)
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "an unknown place"
+
+
+def _to_import(error: NotARun) -> Problem:
+    """Where another trainer's files are taken for a run, what makes a run of them."""
+    from kedge.importers.recognise import recognised
+
+    found = recognised(error.path) if error.path.exists() else ()
+    if not found:
+        return error.problems[0]
+    what = f"not a Kedge run, but {' or '.join(one.title for one in found)}"
+    return Problem(str(error.path), what, f"run `kedge import {error.path} --out RUN`, then give RUN")
 
 
 def _missing_package(error: Exception) -> Problem | None:

@@ -13,6 +13,7 @@ from kedge.cli.errors import OS_REMEDIES
 from kedge.cli.output import Json, execute
 from kedge.errors import InputError, Problem
 from kedge.progress import Interrupt, Progress
+from kedge.trace.run_dir import NotARun
 
 STAGES = ("sft", "reward", "policy", "evaluate")
 # Any of these in a folder says that a run of Kedge began there.
@@ -101,7 +102,8 @@ def report(
 ) -> None:
     """Write the report of a run again, from its trace alone."""
     if not _holds_run(folder):
-        raise InputError(Problem(str(folder), "there is no run of Kedge here", "give the folder that a run wrote"))
+        what = "there is no run of Kedge here"
+        raise NotARun(folder, Problem(str(folder), what, "give the folder that a run wrote"))
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise InputError(Problem(f"--out {out}", "is not the name of an HTML file", "end it in .html"))
     from kedge.report.html import write_report

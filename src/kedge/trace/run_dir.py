@@ -14,6 +14,18 @@ from kedge.trace.schema import VERSION, check_version
 _STEP_FILE = re.compile(r"(step|probes|samples)-(\d{6,})\.parquet")
 
 
+class NotARun(InputError):
+    """A path that holds no Kedge run; `path` may hold what another trainer wrote."""
+
+    def __init__(self, path: Path, problem: Problem) -> None:
+        self.path = path
+        super().__init__(problem)
+
+    def __reduce__(self) -> tuple[type[NotARun], tuple[Path, Problem]]:  # type: ignore[override]
+        """Between processes an exception travels as its arguments."""
+        return type(self), (self.path, self.problems[0])
+
+
 class RunDir:
     """Paths of one run. Making the object touches nothing; `create` makes the folder."""
 
@@ -86,8 +98,8 @@ class RunDir:
             manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             what = "no manifest.json: not a Kedge run" if self.path.exists() else "there is no such run"
-            remedy = "give the folder that `kedge run` or `kedge demo` wrote"
-            raise InputError(Problem(str(self.path), what, remedy)) from None
+            remedy = "give the folder that `kedge run`, `kedge demo` or `kedge import` wrote"
+            raise NotARun(self.path, Problem(str(self.path), what, remedy)) from None
         except (ValueError, OSError) as error:
             raise InputError(Problem(str(self.manifest), f"cannot be read: {error}", "take it from a copy")) from None
         if not isinstance(manifest, dict) or "schema" not in manifest:
