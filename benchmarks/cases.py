@@ -141,15 +141,16 @@ def carried_out(job: Job) -> Row:
     from kedge.progress import Interrupt, Progress
 
     carry_out("policy", DESK, job.folder, (*job.world, *KEPT, *job.case.settings), start=job.start)
-    view = read_view(job.folder)
+    view, _ = read_view(job.folder)
     found = diagnose(view)
-    changes = [change.overrides for change in prose(view, found).changes if change.overrides]
+    changes = _triable(job, [change.overrides for change in prose(view, found).changes])
     tried: Row = {"arms": []}
     if changes:
         planned = trials.plan(job.folder, job.case.step, steps=FORK_STEPS, seeds=BRANCHES, arms=changes)
         place = job.folder / "trials" / planned.name
+        place.mkdir(parents=True, exist_ok=True)
         quiet, interrupt = Progress(quiet=True), Interrupt()
-        tried = trials.trial(planned, place, workers=1, resume=place.exists(), progress=quiet, interrupt=interrupt)
+        tried = trials.trial(planned, place, workers=1, resume=True, progress=quiet, interrupt=interrupt)
     said = prose(view, found, read_trials(job.folder))
     return {
         "case": job.case.name,
@@ -163,8 +164,27 @@ def carried_out(job: Job) -> Row:
         "likely": list(found.likely),
         "causes": [{"sentences": list(one.sentences), "refuted_by": one.refuted_by} for one in said.causes],
         "penalty": list(said.penalty),
+        "proposed": [
+            {"settings": one.settings, "said": [one.effect, one.reward, one.gradient], "cost": one.cost}
+            for one in said.changes if one.effect
+        ],
         "arms": [{"changes": list(arm["changes"]), "rows": arm["rows"]} for arm in tried["arms"]],
     }  # fmt: skip
+
+
+def _triable(job: Job, changes: Sequence[Settings]) -> list[Settings]:
+    """Those of the changes that a fork of the run can follow."""
+    from kedge.errors import InputError
+    from kedge.experiment import trial as trials
+
+    found = []
+    for change in changes:
+        try:
+            trials.plan(job.folder, job.case.step, steps=FORK_STEPS, seeds=BRANCHES, arms=[change])
+        except InputError:
+            continue
+        found.append(change)
+    return found
 
 
 def _ends(folder: Path) -> Row:
@@ -229,7 +249,11 @@ def _tried(rows: Sequence[Row]) -> list[str]:
             cells.append([str(row["seed"]), f"`{' '.join(arm['changes'])}`", *shown])
     if not cells:
         return ["The diagnosis proposed no settings to try."]
+    for one in rows[0]["proposed"]:
+        told = " ".join(part if part.endswith(".") else f"{part}." for part in one["said"] if part)
+        sentences += [f"- `{one['settings']}`: {told} It costs: {one['cost']}."]
     sentences += [
+        "",
         f"From the checkpoint of step {{}}, {FORK_STEPS} steps, {BRANCHES} forks a seed beside as many null forks that",
         "draw the same; differences to the null forks at the end, gold in the world's own unit.",
     ]

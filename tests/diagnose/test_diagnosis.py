@@ -18,12 +18,13 @@ from synthetic_run import HEALTHY, World, make_run
 from kedge.diagnose import diagnosis
 from kedge.diagnose.account import PARTS, account, account_of
 from kedge.diagnose.checks import all_checks, reducers
+from kedge.diagnose.contrast import matched_pairs
 from kedge.diagnose.diagnosis import Diagnosis, diagnose, explained, likely, rank, read_view
 from kedge.diagnose.finding import Finding, Remedy
 from kedge.diagnose.ledger import reference_length, styles
 from kedge.diagnose.margin import margin, probe_pairs
 from kedge.diagnose.mechanisms import MECHANISMS
-from kedge.diagnose.prose import matched_pairs, matched_wins, prose, verdict
+from kedge.diagnose.prose import matched_wins, prose, verdict
 from kedge.diagnose.trials import read_trials
 from kedge.diagnose.view import save, view_of
 from kedge.errors import InputError
@@ -333,7 +334,9 @@ def test_the_verdict_says_how_sure_it_is() -> None:
     assert of(finding("sampler")).startswith("Most likely: ")
     assert "do not tell apart" in of(finding("sampler"), finding("discount"))
     doubted = of(finding("sampler", validated=False))
-    assert doubted.startswith("No validated check says what moved it") and "not been validated" in doubted
+    assert doubted.startswith("Most likely: ") and "No check that says so has been validated" in doubted
+    named = of(finding("sampler", validated=False), replace(finding("feature_reward"), subject="lists"))
+    assert named.startswith("Most likely: ") and named.endswith(": lists (the check fails).")
 
 
 def test_without_probes_the_samples_stand_in(tmp_path: Path) -> None:
@@ -373,16 +376,18 @@ def trial(caused: bool = True) -> dict[str, object]:
     return {"version": 1, "run": "run", "from": 6, "steps": 5, "until": 11, "seeds": 2, "arms": [arm]}
 
 
-def test_what_was_tried_comes_first_and_caused_is_said_of_nothing_else(tmp_path: Path) -> None:
+def test_what_was_tried_stands_by_its_proposal_and_caused_is_said_of_nothing_else(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", World(steps=12))
     (run / "trials").mkdir()
     (run / "trials" / "beta.json").write_text(json.dumps(trial()))
     view, _ = read_view(run)
     found = replace(diagnose(view), findings=(_failing(),), explained={})
     said = prose(view, found, read_trials(run))
-    assert said.changes[0].overrides == ("policy.kl.beta=0.2",)
-    assert said.changes[0].tried is not None and "caused" in said.changes[0].tried.sentences[0]
-    assert said.changes[1].tried is None
+    assert [one.overrides for one in said.changes] == [
+        ("policy.kl.beta=0.2", "policy.length_penalty=0.03"), ("policy.kl.mode=fixed", "policy.kl.beta=0.15"),
+        ("policy.kl.beta=0.2",),
+    ]  # fmt: skip
+    assert [one.tried is not None for one in said.changes] == [False, False, True]
     rest = [
         *said.happening,
         *said.penalty,

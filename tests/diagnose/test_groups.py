@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from pathlib import Path
@@ -13,12 +12,12 @@ from step_traces import random_step
 from synthetic_run import World, make_run
 
 from kedge.diagnose.groups import Grouping, crossed, grouping_named
-from kedge.diagnose.joined import Labels, text_key
 from kedge.diagnose.phrases import PhraseTally, vocabulary
 from kedge.diagnose.push import Measure
 from kedge.diagnose.split import split
 from kedge.diagnose.survey import account, survey
 from kedge.errors import InputError
+from kedge.trace.labels import Labels, LabelSet, text_key
 from kedge.trace.reader import Run, read_run
 
 STEPS = 6
@@ -119,7 +118,7 @@ def test_features_are_cut_where_they_differ(run: Run) -> None:
 def test_mistakes(run: Run) -> None:
     for spec, message in (
         ("stile", "did you mean style"),
-        ("label:grade", "--join"),
+        ("label:grade", "kedge label join"),
         ("colour", "take one of style"),
         ("feature:", "is not a way to group"),
         ("feature:lenght", "write length"),
@@ -131,79 +130,44 @@ def test_mistakes(run: Run) -> None:
         crossed([many, many])
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def labels_of(**columns: dict[tuple[int, int], object]) -> Labels:
+    return Labels([LabelSet("audit", {}, columns)])
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        lambda step, row: {"step": step, "row": row},
-        lambda step, row: {"prompt": f"prompt {row // 2}", "response": f"response {row}"},
-        lambda step, row: {"response": f"response {row}"},
-        lambda step, row: {"hash": digest(f"response {row}")},
-        lambda step, row: {"prompt_hash": digest(f"prompt {row // 2}"), "response_hash": digest(f"response {row}")},
-    ],
-)
-def test_labels_find_their_rows(run: Run, keys: object) -> None:
-    rows = [keys(step, row) | {"grade": "good" if row % 3 else "bad"} for step in range(STEPS) for row in range(16)]
-    labels = Labels([*rows, {**rows[0], **dict.fromkeys(set(rows[0]) - {"grade", "row"}, "999")}], "audit.csv")
-    found = survey(run, [named(run, "label:grade", labels)], labels=labels).accounts[0]
-    assert found.labels == ("grade bad", "grade good") and found.ungrouped == 0
-    lengths = {"bad": 0, "good": 0}
+def test_a_label_groups_its_responses(run: Run) -> None:
+    said = {(step, row): "good" if row % 3 else "bad" for step in range(STEPS) for row in range(15)}
+    found = account(run, named(run, "label:grade", labels_of(grade=said)))
+    assert found.labels == ("grade bad", "grade good")
+    lengths = {"bad": 0, "good": 0, "": 0}
     for step in run.traces():
         for row, length in enumerate(step.lengths):
-            lengths["good" if row % 3 else "bad"] += int(length)
-    assert found.tokens.tolist() == [lengths["bad"], lengths["good"]]
-    assert labels.responses_matched == labels.responses == STEPS * 16
-    assert labels.unmatched == 1
+            lengths["" if row == 15 else "good" if row % 3 else "bad"] += int(length)
+    assert found.tokens.tolist() == [lengths["bad"], lengths["good"]] and found.ungrouped == lengths[""]
 
 
-def test_labels_of_prompts_and_missing_labels(run: Run) -> None:
-    labels = Labels([{"prompt": "prompt 0", "n": 2.5}, {"prompt": "prompt 1", "n": ""}], "audit.csv")
-    step = run.step(0)
-    assert labels.of(step, "n")[:4] == [2.5, 2.5, None, None]
-    found = labels.numbers(step, "n")
-    assert found[0] == 2.5 and np.isnan(found[2:]).all()
+def test_labels_as_numbers(run: Run) -> None:
+    labels = labels_of(n={(step, row): 2.5 for step in range(STEPS) for row in range(2)})
+    found = labels.numbers(run.step(0), "n")
+    assert found[:2].tolist() == [2.5, 2.5] and np.isnan(found[2:]).all()
     pushed = survey(run, measures=[Measure("n", "1", lambda step: labels.numbers(step, "n"))]).pushes
     assert pushed[0].responses == 2 * STEPS
+    with pytest.raises(InputError, match="holds words"):
+        labels_of(g={(0, 1): "x"}).numbers(run.step(0), "g")
 
 
 def test_many_numbers_are_cut_and_many_words_gathered(run: Run) -> None:
-    rows = [
-        {"step": step, "row": row, "n": 16 * step + row, "word": f"w{row}{step}"}
-        for step in range(6)
-        for row in range(16)
-    ]
-    labels = Labels(rows, "audit.csv")
+    places = [(step, row) for step in range(6) for row in range(16)]
+    labels = labels_of(n={place: 16.0 * place[0] + place[1] for place in places}, word={p: f"w{p}" for p in places})
     assert len(named(run, "label:n", labels).labels) == 3
     words = named(run, "label:word", labels)
     assert len(words.labels) == 25 and words.labels[-1] == "word (other)"
     assert account(run, words).ungrouped == 0
+    assert named(run, "label:n", labels_of(n={(0, 0): 1.0, (0, 1): 0.0})).labels == ("n 0", "n 1")
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"grade": 1}], "says nowhere which response"),
-        ([{"prompt": "a", "response": "b"}], "no column with labels"),
-        ([{"response": "a", "g": 1}, {"response": "", "g": 1}], "row 2: has no response"),
-        ([{"step": "x", "row": 1, "g": 1}], "not whole numbers"),
-    ],
-)
-def test_mistakes_in_labels(rows: list[dict[str, object]], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Labels(rows, "audit.csv")
-
-
-def test_labels_that_disagree_are_counted(run: Run) -> None:
-    labels = Labels([{"response": "a", "g": 1}, {"response": "a", "g": 2}], "audit.csv")
-    assert (labels.repeated, len(labels), labels.column("g")) == (1, 1, [1])
-    with pytest.raises(InputError, match="its labels are g"):
-        labels.column("h")
-    words = Labels([{"response": "response 1", "g": "x"}], "audit.csv")
-    with pytest.raises(InputError, match="is no number"):
-        words.numbers(run.step(0), "g")
+def test_labels_that_are_not_there(run: Run) -> None:
+    with pytest.raises(InputError, match=r"it has grade, audit, audit\.grade"):
+        named(run, "label:worth", labels_of(grade={(0, 0): "good"}))
 
 
 # Phrases

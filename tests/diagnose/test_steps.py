@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from kedge.diagnose.steps import (
     mann_kendall,
     step_noise,
     surprises,
+    trends,
 )
 from kedge.trace.reader import Series
 
@@ -113,6 +116,24 @@ def test_mann_kendall_has_scipys_tau(values: np.ndarray) -> None:
     expected = stats.kendalltau(np.arange(len(values)), values).statistic
     assert found.tau == pytest.approx(0.0 if np.isnan(expected) else expected)
     assert 0 <= found.p <= 1
+
+
+@given(numbers)
+def test_trends_of_every_beginning_are_those_of_the_beginning_alone(values: np.ndarray) -> None:
+    """By Mann's sum over pairs and Kendall's variance with ties, written out."""
+    for n, found in enumerate(trends(values), 1):
+        part = values[:n].tolist()
+        s = sum((b > a) - (b < a) for a, b in itertools.combinations(part, 2))
+        ties = Counter(part).values()
+        variance = (n * (n - 1) * (2 * n + 5) - sum(t * (t - 1) * (2 * t + 5) for t in ties)) / 18
+        if n < 3:
+            assert math.isnan(found.tau) and math.isnan(found.p)
+            continue
+        z = (abs(s) - 1) / math.sqrt(variance) if s else 0.0
+        assert found.p == pytest.approx(2 * stats.norm.sf(z))
+        pairs = n * (n - 1) / 2
+        tied = sum(t * (t - 1) / 2 for t in ties)
+        assert found.tau == pytest.approx(s / math.sqrt(pairs * (pairs - tied)) if s else 0.0)
 
 
 def test_mann_kendall_p_is_near_the_enumerated_one() -> None:

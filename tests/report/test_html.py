@@ -138,7 +138,7 @@ def test_words_carry_the_right_numbers(acts: tuple[Path, Path]) -> None:
     accounts = words.what_accounts(view)
     assert "16 prompts" in accounts and "100% of prompts" in accounts and "beta 0.05" in accounts
     healthy = words.summary(read_view(acts[1]))
-    assert healthy[4] == "Verdict: no length drift found; nothing is proposed."
+    assert healthy[4] == "Length drift: none found; the rule against it proposes nothing."
 
 
 def test_gold_is_read_from_truth_only(acts: tuple[Path, Path]) -> None:

@@ -53,7 +53,7 @@ def diagnose(
         nonlocal failed
         from kedge.diagnose.diagnosis import diagnose, read_view, require_checks, with_notes
         from kedge.diagnose.prose import as_record, prose
-        from kedge.diagnose.trials import read_trials
+        from kedge.diagnose.trials import read_trials, trial_command
         from kedge.report.diagnosis_text import lines
 
         names = require_checks(check) if check else None
@@ -64,7 +64,11 @@ def diagnose(
         said = prose(view, found, read_trials(run))
         failed = found.failed
         result = found.to_dict() | as_record(said)
-        result |= {"lines": lines(found, said, width=shutil.get_terminal_size((100, 24)).columns, colour=_terminal())}
+        untried = [change.overrides for change in said.changes if change.tried is None]
+        onset = None if found.first_alarm is None else found.first_alarm.onset
+        command = trial_command(run, untried, onset)
+        width = shutil.get_terminal_size((100, 24)).columns
+        result |= {"lines": lines(found, said, command=command, width=width, colour=_terminal())}
         place = _page(run, html, wanted=not no_html)
         if place is not None:
             from kedge.report.diagnosis_page import write_diagnosis

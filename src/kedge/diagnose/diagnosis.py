@@ -6,7 +6,7 @@ not what it is taken for makes every other statistic say something else; causes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from kedge.diagnose.account import account
 from kedge.diagnose.checks import Check, all_checks, reducers, run_checks
 from kedge.diagnose.checks.check import Kind
 from kedge.diagnose.finding import Finding, Status, worst
+from kedge.diagnose.labels import labelled
 from kedge.diagnose.ledger import reference_length
 from kedge.diagnose.view import Facts, Reducer, View, view_of
 from kedge.errors import InputError, Problem
+from kedge.trace.labels import read_labels
 from kedge.trace.reader import Run, StepTrace
 from kedge.trace.run_dir import RunDir
 
+SHOWN = 5  # numbers of steps in a note
 CLOSE = 0.8  # of the first cause's strength: what is as strong as that cannot be told apart from it
 ALARMS: tuple[Status, ...] = ("fail", "warn")
 
@@ -183,9 +186,25 @@ def read_view(
             watch(done, total)
         return {}
 
-    counted: list[Reducer] = [*wanted, account(reference_length(run)), count]
+    labels = read_labels(run)
+    said = [] if labels is None else [labelled(labels)]
+    counted: list[Reducer] = [*wanted, *said, account(reference_length(run)), count]
     view = view_of(run, counted)
-    return view, folder.notes
+    return view, (*folder.notes, *_holes(run))
+
+
+def _holes(run: Run) -> Iterator[str]:
+    """What a run under way or pruned by `trace.keep` never lacks: steps in between, and metrics of its last steps."""
+    steps = run.steps()
+    if not steps:
+        return
+    lost = sorted(set(range(steps[0], steps[-1] + 1)) - set(steps))
+    if lost:
+        yield f"trace/ lacks policy steps {', '.join(map(str, lost[:SHOWN]))}{' ...' if len(lost) > SHOWN else ''}."
+    told = run.metrics("policy").get("length/mean")
+    last = -1 if told is None else int(told.steps[-1])
+    if last < steps[-1] - 1:  # a step's rows may be there a moment before its metrics
+        yield f"metrics.jsonl ends at policy step {last}, trace/ at {steps[-1]}: the later metrics are missing."
 
 
 def with_notes(found: Diagnosis, notes: tuple[str, ...]) -> Diagnosis:

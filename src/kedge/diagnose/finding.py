@@ -37,7 +37,8 @@ class Finding:
 
     `strength` is the statistic over its threshold for `fail`: 1 is at the threshold, below 1 is not failing; findings
     are compared by it. `onset` is the first policy step at which the check would have spoken, None where there is none.
-    `mechanism` says how the cause works on the policy, `refuted_by` what observation would speak against it.
+    `mechanism` says how the cause works on the policy, `refuted_by` what observation would speak against it. `subject`
+    is what answers have more of, where the finding is about that: a feature, or a phrase (`kedge.diagnose.contrast`).
     """
 
     check: str
@@ -50,6 +51,7 @@ class Finding:
     refuted_by: str = ""
     remedies: tuple[Remedy, ...] = ()
     validated: bool = True
+    subject: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; what is not finite becomes null."""

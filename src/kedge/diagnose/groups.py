@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kedge.diagnose.features import Feature, feature_named
-from kedge.diagnose.joined import Labels, text_key
 from kedge.diagnose.ledger import POSITIONS, STYLES, VERBOSE_RATIO, position_names, reference_length, styles
 from kedge.errors import InputError, Problem
+from kedge.trace.labels import Labels, text_key
 from kedge.trace.reader import Run, StepTrace
 
 Array = NDArray[Any]
-NAMES = ("style", "tercile", "position", "time", "feature:NAME", "label:COLUMN")
+NAMES = ("style", "tercile", "position", "time", "feature:NAME", "label:NAME")
 TERCILES = ("briefest reference", "middle reference", "longest reference")
 WINDOWS = 4
 SAMPLE = 16  # steps, spread over the run, from which a feature's thirds are cut
@@ -56,7 +56,7 @@ def grouping_named(spec: str, run: Run, steps: Sequence[int], labels: Labels | N
         return by_feature(feature_named(rest), run, steps)
     if kind == "label" and rest:
         if labels is None:
-            raise InputError(Problem(f"--by {spec}", "no labels were given", "join a file of labels with --join FILE"))
+            raise InputError(Problem(f"--by {spec}", "the run has no labels", "kedge label join RUN FILE"))
         return by_label(rest, labels)
     close = difflib.get_close_matches(kind, [name.partition(":")[0] for name in (*NAMES, "phrase")], n=1)
     remedy = f"did you mean {close[0]}?" if close else f"take one of {', '.join(NAMES)}, phrase"
@@ -132,10 +132,10 @@ def by_feature(feature: Feature, run: Run, steps: Sequence[int]) -> Grouping:
 
 
 def by_label(column: str, labels: Labels) -> Grouping:
-    """The values of a joined column; numbers of many values are cut as a feature is."""
-    values = labels.column(column)
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    where = f"label:{column}"
+    """The values of a label; numbers of many values are cut as a feature is."""
+    values = list(labels.known(column).values())
+    numbers = [value for value in values if isinstance(value, float)]
+    where, shown = f"label:{column}", column.rpartition(".")[2]
     if len(numbers) == len(values) and len(set(numbers)) > VALUES:
         names, cut = _cuts(np.array(numbers, dtype=np.float64))
 
@@ -143,19 +143,23 @@ def by_label(column: str, labels: Labels) -> Grouping:
             found = labels.numbers(step, column)
             return np.where(np.isfinite(found), cut(np.nan_to_num(found)), -1)
 
-        return Grouping(where, tuple(f"{column} {name}" for name in names), of_number)
+        return Grouping(where, tuple(f"{shown} {name}" for name in names), of_number)
     counts: dict[str, int] = {}
     for value in values:
-        counts[str(value)] = counts.get(str(value), 0) + 1
+        counts[_word(value)] = counts.get(_word(value), 0) + 1
     kept = sorted(sorted(counts, key=lambda value: -counts[value])[:VALUES])
     names = [*kept, OTHER] if len(counts) > VALUES else kept
     number = {value: index for index, value in enumerate(kept)}
 
     def of(step: StepTrace) -> Array:
         found = labels.of(step, column)
-        return np.array([-1 if one is None else number.get(str(one), len(kept)) for one in found], dtype=np.int64)
+        return np.array([-1 if one is None else number.get(_word(one), len(kept)) for one in found], dtype=np.int64)
 
-    return Grouping(where, tuple(f"{column} {name}" for name in names), of)
+    return Grouping(where, tuple(f"{shown} {name}" for name in names), of)
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def crossed(groupings: Sequence[Grouping]) -> Grouping:

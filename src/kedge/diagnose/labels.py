@@ -1,4 +1,4 @@
-"""Judgements that a user joins to a run's responses, as numbers of a step for the checks that need people.
+"""Labels that a user has joined to a run's responses, as numbers of a step for the checks that need people.
 
 Columns with these names are looked for: `human`, what people think of the response, larger is better; `correct`, 0 or
 1; `confidence`, from 0 to 1, how sure the response or the policy is to be correct.
@@ -11,9 +11,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from kedge.diagnose.joined import Labels
 from kedge.diagnose.rows import channel
 from kedge.diagnose.view import Facts, Reducer
+from kedge.trace.labels import Labels
 from kedge.trace.reader import StepTrace
 
 HUMAN, CORRECT, CONFIDENCE = "human", "correct", "confidence"

@@ -92,10 +92,13 @@ class Ledger:
 
 def reference_length(run: Run) -> float | None:
     """Mean tokens of the reference's samples among the probes, or None when there are none."""
-    probes = run.probes()
-    lengths = probes.column("reference_length").to_numpy()[probes.column("variant").to_numpy() == "reference"]
-    lengths = lengths[np.isfinite(lengths)]
-    return float(lengths.mean()) if len(lengths) else None
+    total, count = 0.0, 0
+    for at in run.probe_steps():
+        probes = run.probes(at)
+        lengths = probes.column("reference_length").to_numpy()[probes.column("variant").to_numpy() == "reference"]
+        lengths = lengths[np.isfinite(lengths)]
+        total, count = total + float(lengths.sum(dtype=np.float64)), count + len(lengths)
+    return total / count if count else None
 
 
 def ledger(run: Run, windows: int = WINDOWS) -> Ledger | None:

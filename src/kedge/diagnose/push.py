@@ -28,6 +28,7 @@ FEW = 8  # bunches: with fewer an interval says nothing
 KL_LOSSES = {
     "k2": "minus loss_beta K(y) on every token, K(y) = sum_t log pi - log ref: the gradient of the KL",
     "k3": "minus loss_beta (1 - ref / pi): the gradient of KL(ref || policy) token by token, never above loss_beta",
+    "k3+": "minus loss_beta (log pi - log ref) of the token: the gradient of k3 times the ratio, the KL token by token",
     "k1": "minus loss_beta on every token: no push in expectation",
     "full": "minus loss_beta times the KL from the token on, here by its sampled k1",
 }
@@ -127,9 +128,11 @@ def _kl_in_loss(step: StepTrace) -> Iterator[LossPush]:
         "k1": np.ones(k1.shape),
         "k2": np.broadcast_to(total[:, None], k1.shape),
         "k3": -np.expm1(-k1),
+        "k3+": k1,
         "full": onward,
     }[kind]
-    whole = {"k1": np.zeros(len(step)), "k2": total, "k3": np.where(mask, each, 0.0).sum(axis=1), "full": total}[kind]
+    summed = np.where(mask, each, 0.0).sum(axis=1)
+    whole = {"k1": np.zeros(len(step)), "k2": total, "k3": summed, "k3+": summed, "full": total}[kind]
     tokens = np.where(mask, -beta[:, None] * each, 0.0)
     yield LossPush(f"KL ({kind})", tokens, -beta * whole, KL_LOSSES[kind])
 

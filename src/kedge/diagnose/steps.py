@@ -113,14 +113,35 @@ def mann_kendall(values: Array) -> Trend:
 
     Mann (1945), Kendall (1975). Entries are taken as independent; a series that remembers has smaller p than it should.
     """
-    count = len(values)
+    found = trends(values)
+    return found[-1] if found else Trend(math.nan, math.nan)
+
+
+def trends(values: Array) -> list[Trend]:
+    """The same of every beginning of a series, the first entry alone to all; each new entry is compared with those
+    before it once, so that all together cost what the last would."""
+    found, s, tied_pairs, tied = [], 0.0, 0, 0
+    seen: dict[float, int] = {}
+    for index, value in enumerate(values.tolist()):
+        s += float(np.sign(value - values[:index]).sum())
+        before = seen.get(value, 0)
+        seen[value] = before + 1
+        tied_pairs += before
+        tied += _tied(before + 1) - _tied(before)
+        found.append(_trend(index + 1, s, tied_pairs, tied))
+    return found
+
+
+def _tied(count: int) -> int:
+    return count * (count - 1) * (2 * count + 5)
+
+
+def _trend(count: int, s: float, tied_pairs: int, tied: int) -> Trend:
     if count < 3:
         return Trend(math.nan, math.nan)
-    s = float(sum(np.sign(values[index + 1 :] - values[index]).sum() for index in range(count - 1)))
-    _, ties = np.unique(values, return_counts=True)
-    variance = (count * (count - 1) * (2 * count + 5) - (ties * (ties - 1) * (2 * ties + 5)).sum()) / 18
+    variance = (_tied(count) - tied) / 18
     pairs = count * (count - 1) / 2
-    untied = math.sqrt(pairs * (pairs - (ties * (ties - 1) / 2).sum()))
+    untied = math.sqrt(pairs * (pairs - tied_pairs))
     if variance <= 0:
         return Trend(0.0, 1.0)
     z = (s - math.copysign(1.0, s)) / math.sqrt(variance) if s else 0.0

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kedge.diagnose.groups import Grouping
-from kedge.diagnose.joined import Labels
 from kedge.diagnose.phrases import Phrase, PhraseTally
 from kedge.diagnose.push import Measure, Push, Tally, mix_note, pushes
 from kedge.diagnose.split import CENTRING, Entry, Gap, Split, centring, gap, split
@@ -79,7 +78,6 @@ def survey(
     measures: Sequence[Measure] = (),
     *,
     phrases: PhraseTally | None = None,
-    labels: Labels | None = None,
     since: int = 0,
     watch: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Survey:
@@ -98,8 +96,6 @@ def survey(
         step = run.step(number)
         rows = split(step)
         so_far.add(step, rows)
-        if labels is not None:
-            labels.match(step)
         for tally in tallies:
             tally.add(step, rows)
         for covariance in covariances:
@@ -196,6 +192,8 @@ class _Sums:
         self._moved += self._total(cell, change)
         seen = np.unique(np.nonzero(inside)[0] * self._count + cell) % self._count
         self._responses += np.bincount(seen, minlength=self._count)
+        if "active" in step.absent:  # once not known, the sums are not either
+            self._silenced_tokens[:] = self._silenced[:] = np.nan
         silent = ~step.active[inside]
         for sign, here in enumerate((advantage < 0, advantage > 0)):
             self._signed[:, sign] += np.bincount(cell[here], minlength=self._count)

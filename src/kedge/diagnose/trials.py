@@ -13,6 +13,10 @@ from typing import Any
 
 from kedge.errors import InputError, Problem
 
+USUAL = ("score", "win_rate", "length", "kl", "net_margin")
+SHOWN = 7
+MANY = "Intervals are 95% each: of twenty figures that nothing moved, one is expected to exclude 0."
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -40,6 +44,11 @@ class Tried:
     effects: tuple[Effect, ...]
     sentences: tuple[str, ...]
 
+    @property
+    def forks(self) -> int:
+        """Steps that forks with the change went, over all seeds: how much the trial can know."""
+        return self.seeds * self.steps
+
 
 def read_trials(run: Path) -> tuple[Tried, ...]:
     """All trials in the folder of a run, the newest step first; raises `InputError` where a file is damaged."""
@@ -54,9 +63,49 @@ def read_trials(run: Path) -> tuple[Tried, ...]:
     return tuple(sorted(found, key=lambda one: -one.step))
 
 
-def trial_of(changes: Sequence[str], trials: Sequence[Tried]) -> Tried | None:
-    """The trial of exactly these changes, if there is one."""
-    return next((one for one in trials if set(one.changes) == set(changes)), None)
+def trial_of(changes: Sequence[str], trials: Sequence[Tried], in_force: Sequence[str] = ()) -> Tried | None:
+    """The trial of exactly these changes with the most forks, if there is one; what is in force is no change."""
+    wanted = set(changes) - set(in_force)
+    same = [one for one in trials if set(one.changes) - set(in_force) == wanted]
+    return max(same, key=lambda one: (one.forks, one.step), default=None)
+
+
+def conclusions(tried: Tried, subject: str = "") -> tuple[str, ...]:
+    """What was tried, and a line a figure: the finding's subject first, the usual ones, what else was caused."""
+    said = f"Tried: {tried.steps} steps from step {tried.step}, {_pairs(tried.seeds)}, changed against unchanged."
+    rows = [one for one in tried.effects if one.figure == subject]
+    rows += [one for one in tried.effects if one.figure in USUAL and one not in rows]
+    rows += [one for one in tried.effects if one.caused and not one.truth and one not in rows]
+    rows = [*rows[:SHOWN], *(one for one in tried.effects if one.truth)]
+    if not any(one.caused for one in rows):
+        said += " No figure is shown to have moved."
+    return (said, *(effect_line(one) for one in rows))
+
+
+def effect_line(one: Effect) -> str:
+    """A figure without and with the change, the difference with its interval, and whether the change caused it."""
+    mark = " (known to the built-in world alone)" if one.truth else ""
+    span, over = (one.over_seeds, "seeds") if one.over_seeds else (one.over_prompts, "prompts")
+    interval = "" if span is None else f" [95% {span[0]:+.2g} to {span[1]:+.2g} over {over}]"
+    caused = ": caused" if one.caused else ""
+    name = one.figure.replace("_", " ")
+    return f"{name}{mark} {one.null:.3g} to {one.changed:.3g}, {one.difference:+.2g}{interval}{caused}"
+
+
+def trial_command(run: Path, arms: Sequence[Sequence[str]], onset: int | None) -> str | None:
+    """The command that tries these changes from the last checkpoint before `onset`; None where there is none to try,
+    or no checkpoint."""
+    saved = [int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/state.json")]
+    before = [step for step in saved if onset is None or step <= onset]
+    if not arms or not saved:
+        return None
+    step = max(before, default=0)
+    listed = " ".join(f'--arm "{" ".join(arm)}"' for arm in arms)
+    return f"kedge trial {run} --from {step} {listed}"
+
+
+def _pairs(seeds: int) -> str:
+    return "one pair of forks" if seeds == 1 else f"{seeds} pairs of forks"
 
 
 def _tried(record: Mapping[str, Any]) -> list[Tried]:

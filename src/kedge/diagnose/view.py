@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -119,8 +120,8 @@ def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None)
     before = {} if after is None else after.facts
     done = set() if after is None else {int(step) for one in before.values() for step in one.steps}
     reduce = tuple(reducers)
-    lines: dict[str, tuple[list[int], list[float]]] = {
-        name: (list(one.steps), list(one.values)) for name, one in before.items()
+    lines: dict[str, tuple[array[int], array[float]]] = {
+        name: (array("q", one.steps.tolist()), array("d", one.values.tolist())) for name, one in before.items()
     }
     absent = None if after is None or not done else after.absent
     for number in run.steps() if reduce else ():
@@ -130,7 +131,7 @@ def view_of(run: Run, reducers: Iterable[Reducer], *, after: View | None = None)
         absent = step.absent if absent is None else absent & step.absent
         for reducer in reduce:
             for name, value in reducer(step).items():
-                steps, values = lines.setdefault(name, ([], []))
+                steps, values = lines.setdefault(name, (array("q"), array("d")))
                 steps.append(number)
                 values.append(float(value))
     facts = {name: Series(np.array(steps, dtype=np.int64), np.array(values)) for name, (steps, values) in lines.items()}

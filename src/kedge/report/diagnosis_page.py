@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from kedge.diagnose.checks import all_checks
+from kedge.diagnose.contrast import Contrast
 from kedge.diagnose.diagnosis import ALARMS, Diagnosis, diagnose, read_view, with_notes
 from kedge.diagnose.margin import TERCILES, margin
-from kedge.diagnose.prose import Prose, matched_pairs, matched_wins, prose, title_of
-from kedge.diagnose.trials import Effect, read_trials
+from kedge.diagnose.prose import Prose, heading, matched_wins, prose, title_of
+from kedge.diagnose.trials import MANY, Effect, read_trials
 from kedge.diagnose.view import View
 from kedge.evaluate.intervals import wilson
 from kedge.report.charts import UPDATES
@@ -52,7 +53,9 @@ def _page(run: Path, view: View, found: Diagnosis, said: Prose) -> dict[str, Any
         "said": said,
         "facts": _facts(found),
         "first": found.first_alarm,
-        "charts": _charts(view),
+        "charts": _charts(view, said.contrast),
+        "many": MANY,
+        "heading": heading,
         "changes": [(change, _effects(change.tried.effects if change.tried else ())) for change in said.changes],
         "samples": samples,
         "levels": LEVELS,
@@ -85,7 +88,7 @@ def _facts(found: Diagnosis) -> list[str]:
     return [*span, *(f"{number} {words[status]}" for status, number in counts.items() if number)]
 
 
-def _charts(view: View) -> list[Any]:
+def _charts(view: View, contrast: Contrast) -> list[Any]:
     from markupsafe import Markup
 
     figures = [
@@ -93,8 +96,8 @@ def _charts(view: View) -> list[Any]:
         line_chart("Wins at equal length", _wins(view), x=UPDATES, y="share of prompts",
                    note="Policy against reference where their lengths are within 10%; the score decides. The band is "
                    "Wilson's 95% interval."),
-        line_chart("Net margin of the verbose answer", _margins(view), x=UPDATES, y="reward", zero=True,
-                   note="Same prompt, verbose against brief, after KL and penalties; by the reference's length."),
+        line_chart(f"Net margin of {contrast.more}", _margins(contrast), x=UPDATES, y="reward", zero=True,
+                   note=f"Same prompt, against {contrast.less}, after KL and penalties; by the reference's length."),
     ]  # fmt: skip
     return [Markup(figure) for figure in figures if figure]
 
@@ -121,12 +124,12 @@ def _wins(view: View) -> list[Line]:
     return [Line("policy wins", steps, shares, "policy", low, high), even]
 
 
-def _margins(view: View) -> list[Line]:
+def _margins(contrast: Contrast) -> list[Line]:
     lines = []
     for tercile, label, tone in zip(
         TERCILES, ("briefest", "middle", "longest"), ("quiet", "reference", "drift"), strict=True
     ):
-        found = [one for one in (margin(pairs, tercile) for pairs in matched_pairs(view)) if one is not None]
+        found = [one for one in (margin(pairs, tercile) for pairs in contrast.pairs) if one is not None]
         if found:
             at, net = np.array([one.step for one in found]), np.array([one.net for one in found])
             lines.append(Line(f"reference {label}", at, net, tone))
@@ -143,6 +146,7 @@ def _effects(effects: Sequence[Effect]) -> list[dict[str, Any]]:
             "changed": one.changed,
             "difference": one.difference,
             "interval": _widest(one),
+            "over": "seeds" if one.over_seeds is not None and _widest(one) == one.over_seeds else "prompts",
             "caused": one.caused,
             "truth": one.truth,
         }

@@ -6,9 +6,11 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kedge.diagnose.changes import Change
 from kedge.diagnose.diagnosis import ALARMS, Diagnosis
 from kedge.diagnose.finding import Status
-from kedge.diagnose.prose import Cause, Change, Prose, evidence_line
+from kedge.diagnose.prose import Cause, Prose, evidence_line
+from kedge.diagnose.trials import MANY, conclusions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,18 +20,23 @@ _TONES = {"fail": "bold red", "warn": "yellow", "ok": "green", "not_checked": "b
 _EVIDENCE = 4  # numbers shown of a finding; the page and --json have all
 
 
-def lines(found: Diagnosis, said: Prose, *, width: int = WIDTH, colour: bool = False) -> list[str]:
-    """What was found, most likely first, why the penalty did not stop it, what would, and what was not checked."""
+def lines(
+    found: Diagnosis, said: Prose, *, command: str | None = None, width: int = WIDTH, colour: bool = False
+) -> list[str]:
+    """What was found, most likely first, why the penalty did not stop it, what would, and what was not checked.
+
+    `command` tries the proposals that have not been tried.
+    """
     from rich.console import Console
 
     out = io.StringIO()
     console = Console(file=out, width=min(width, WIDTH), force_terminal=colour, highlight=False)
-    for part in _parts(found, said):
+    for part in _parts(found, said, command):
         console.print(part)
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def _parts(found: Diagnosis, said: Prose) -> Iterator[RenderableType]:
+def _parts(found: Diagnosis, said: Prose, command: str | None) -> Iterator[RenderableType]:
     from rich.text import Text
 
     span = "" if found.steps is None else f", policy steps {found.steps[0]} to {found.steps[1]}"
@@ -44,7 +51,13 @@ def _parts(found: Diagnosis, said: Prose) -> Iterator[RenderableType]:
     if said.changes:
         yield Text("\nWhat would change it", "bold")
         for number, change in enumerate(said.changes, start=1):
-            yield from _change(number, change)
+            yield from _change(number, change, said.contrast.subject)
+        if command is not None:
+            yield _indented(f"To try what has not been tried: {command}")
+        if any(change.tried for change in said.changes):
+            yield _indented(MANY)
+        for sentence in said.beyond:
+            yield _indented(f"Beyond settings: {_ended(sentence)}")
     passed = ", ".join(one.check for one in found.of("ok"))
     if passed:
         yield Text("\nNothing found by", "bold")
@@ -85,12 +98,14 @@ def _cause(cause: Cause) -> Iterator[RenderableType]:
     for number in one.evidence[:_EVIDENCE]:
         yield _indented(evidence_line(number), 4)
     if cause.symptoms:
-        yield _indented(f"It explains: {', '.join(cause.symptoms)}.")
+        yield _indented("It would explain:")
+    for symptom in cause.symptoms:
+        yield _indented(symptom, 4)
     if cause.refuted_by:
         yield _indented(f"What would speak against it: {cause.refuted_by}.")
 
 
-def _change(number: int, change: Change) -> Iterator[RenderableType]:
+def _change(number: int, change: Change, subject: str) -> Iterator[RenderableType]:
     yield _indented(f"{number}. {change.settings}")
     for sentence in (change.effect, change.reward, change.gradient):
         if sentence:
@@ -100,8 +115,10 @@ def _change(number: int, change: Change) -> Iterator[RenderableType]:
     if change.tried is None:
         yield _indented("Not tried yet: kedge trial measures it against unchanged forks.", 5)
     else:
-        for sentence in change.tried.sentences:
-            yield _indented(sentence, 5)
+        said, *rows = conclusions(change.tried, subject)
+        yield _indented(said, 5)
+        for row in rows:
+            yield _indented(row, 7)
 
 
 def _ended(sentence: str) -> str:

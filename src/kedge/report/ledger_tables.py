@@ -70,8 +70,8 @@ def account_table(account: Account, unit: str) -> Table:
     rows: list[tuple[str, tuple[str, ...]]] = []
 
     def put(label: str, values: Array, *, always: bool = False) -> None:
-        if always or np.nanmax(np.abs(values), initial=0.0) >= _SMALL:
-            rows.append((label, tuple(signed(value, 3) for value in values.tolist())))
+        if always or np.nan_to_num(np.abs(values)).max(initial=0.0) >= _SMALL:
+            rows.append((label, tuple("–" if np.isnan(one) else signed(one, 3) for one in values.tolist())))
 
     kinds: dict[str, list[Entry]] = {"part": [], "side": [], "loss": []}
     for entry in account.sums:
@@ -93,7 +93,8 @@ def account_table(account: Account, unit: str) -> Table:
     )
     for index, sign in enumerate(SIGNS):
         cells = tuple("–" if np.isnan(value) else percent(value) for value in share[:, index])
-        rows.append((f"silenced, advantage {sign}", cells))
+        if not np.isnan(share).all():
+            rows.append((f"silenced, advantage {sign}", cells))
     rows.append(("tokens", tuple(f"{int(count):,}" for count in account.tokens)))
     rows.append(("responses", tuple(f"{int(count):,}" for count in account.responses)))
     note = account.note

@@ -68,7 +68,7 @@ def verdict(view: View) -> str:
     if view.proposal.status == "not_checked":
         return f"Verdict: {_lower(view.proposal.words[0])}"
     if not view.proposal.drift:
-        return "Verdict: no length drift found; nothing is proposed."
+        return "Length drift: none found; the rule against it proposes nothing."
     return f"Verdict: length drift; on the same prompt {_payers(view)}."
 
 

@@ -13,9 +13,9 @@ from kedge.diagnose.checks.human_gap import CHECK as GAP
 from kedge.diagnose.checks.overconfidence import CHECK as SURE
 from kedge.diagnose.checks.reward_hacking import CHECK as HACKING
 from kedge.diagnose.checks.reward_hacking import facts
-from kedge.diagnose.joined import Labels
 from kedge.diagnose.labels import labelled
 from kedge.diagnose.view import View
+from kedge.trace.labels import Labels, LabelSet
 from kedge.trace.reader import Series
 
 RISING = np.linspace(0, 2, 30)
@@ -72,19 +72,9 @@ def joined(agree, sure=lambda step: 0.8):  # type: ignore[no-untyped-def]
         score = rows.rewards[..., 0].sum(axis=1)
         people = agree(number) * score + rng.normal(0, 0.3, len(rows))
         right = rng.random(len(rows)) < 0.6
-        labels = Labels(
-            (
-                {
-                    "step": number,
-                    "row": row,
-                    "human": people[row],
-                    "correct": int(right[row]),
-                    "confidence": sure(number),
-                }
-                for row in range(len(rows))
-            ),
-            "labels.csv",
-        )
+        columns = {"human": people, "correct": right, "confidence": np.full(len(rows), sure(number))}
+        said = {name: {(number, row): float(value) for row, value in enumerate(line)} for name, line in columns.items()}
+        labels = Labels([LabelSet("made", {}, said)])
         for name, value in labelled(labels)(rows).items():
             found.setdefault(name, []).append(value)
     return View(
@@ -105,5 +95,5 @@ def test_confidence_that_outgrows_accuracy() -> None:
 
 def test_few_labels_count_for_nothing() -> None:
     rows = Made(0).rows()
-    labels = Labels([{"step": 0, "row": row, "human": 1.0} for row in range(5)], "labels.csv")
+    labels = Labels([LabelSet("made", {}, {"human": {(0, row): 1.0 for row in range(5)}})])
     assert labelled(labels)(rows) == {}

@@ -63,6 +63,7 @@ def judge(view: View) -> Finding:
             Evidence("net margin, briefest third", last.net, "reward", f"{last.low:+.2f} to {last.high:+.2f}"),
         ),
         onset=first_where(lasting, strength >= 1),
+        subject="length",
         mechanism="What the policy learnt on prompts where length pays spreads to prompts where it does not.",
         refuted_by="the briefest third's own margin is above 0",
         remedies=(

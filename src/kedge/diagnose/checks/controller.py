@@ -192,4 +192,5 @@ CHECK = Check(
     judge,
     facts,
     needs=("old_logprob", "reference_logprob"),
+    validated=True,
 )

@@ -149,5 +149,12 @@ _REMEDIES = (
 )
 
 CHECK = Check(
-    "critic", "the critic does not predict the returns", Kind.CAUSE, ("M5",), judge, facts, needs=("values", "score")
+    "critic",
+    "the critic does not predict the returns",
+    Kind.CAUSE,
+    ("M5",),
+    judge,
+    facts,
+    needs=("values", "score"),
+    validated=True,
 )

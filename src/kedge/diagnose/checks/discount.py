@@ -136,5 +136,12 @@ def _words(gamma: Array, lam: Array, at: int, half: float, fell: bool) -> str:
 
 
 CHECK = Check(
-    "discount", "discounting smears or hides the reward", Kind.INTEGRITY, ("M9",), judge, facts, needs=("score",)
+    "discount",
+    "discounting smears or hides the reward",
+    Kind.INTEGRITY,
+    ("M9",),
+    judge,
+    facts,
+    needs=("score",),
+    validated=True,
 )

@@ -8,11 +8,12 @@ with whatever else moves. If a cut answer costs nothing, a reward model that lik
 liking but the budget.
 
 **How.** Five numbers of every step. EOS in the mask: for a response that ended, log π of its last token is log π of
-EOS at that place; the share for which it is. EOS in the loss: the share of those ends that are not active though
-their ratio stands inside the clip; both fail at a quarter. Cut answers: the weight of the `missing_eos` channel,
-against what it was at the start, and, where it is 0 and more than 5% of the responses are cut, how much less a cut
-response is paid than one that ended. Truncation: the share of responses that did not end, above its own earlier level
-by 10 points. Each counts over its own threshold, on two steps in a row.
+EOS at that place; the share for which it is. EOS in the loss: the share of those ends that are not active though their
+ratio stands inside the clip; both fail at a quarter. Cut answers: the weight of the `missing_eos` channel, against
+what it was at the start, and, where it is 0 and more than 5% of the responses are cut, how much less a cut response is
+paid than one that ended. Rows of other trainers have no such channel: there it also counts that on the same prompt a
+cut response is paid more than one that ended on at least 40% of pairs. Truncation: the share of responses that did not
+end, above its own earlier level by 10 points. Each counts over its own threshold, on two steps in a row.
 
 **False alarms.** Responses that stop at another token (a stop string) end without EOS. A budget that was lowered on
 purpose cuts more of them. A weight of 0 from the start on answers that all end does no harm and is not held against a
@@ -45,11 +46,13 @@ CLIP = 0.2  # the usual one, where the trace does not say
 GONE = 0.5  # of the penalty
 CUT = 0.05  # share of responses that run into the budget
 AT_MOST = 1.2
+OFTEN = 0.4  # of pairs of a cut response and one that ended; a half where nothing tells them apart
 RISE = 0.10  # the same, above its earlier level
 WINDOW, LEAST = 20, 5
 TIMES = 2
 CAP = 10.0
 CASES = ("mask", "loss", "weight", "paid", "rise")
+_FACTS = ("eos", "untrained", "weight", "costs", "above")
 
 
 def facts(step: StepTrace) -> Facts:
@@ -68,7 +71,16 @@ def facts(step: StepTrace) -> Facts:
     if ended.any() and not ended.all() and "score" not in step.absent:
         reward = paid(step)
         found["ending/costs"] = float(reward[ended].mean() - reward[~ended].mean())
+        found["ending/above"] = _above(reward, ended, None if "group" in step.absent else step.group)
     return found
+
+
+def _above(reward: Array, ended: Array, group: Array | None) -> float:
+    """How often a cut response is paid more than one that ended, on the same prompt where some prompt has both."""
+    pairs = ~ended[:, None] & ended[None, :]
+    if group is not None and (matched := pairs & (group[:, None] == group[None, :])).any():
+        pairs = matched
+    return float((reward[:, None] > reward[None, :])[pairs].mean())
 
 
 def _clip(step: StepTrace) -> float:
@@ -82,14 +94,12 @@ def judge(view: View) -> Finding:
     cut = view.fact("ending/cut")
     if cut is None or len(cut.steps) < TIMES:
         return not_checked("ending", f"fewer than {TIMES} steps hold responses")
-    fact = {
-        name: aligned(view.facts.get(f"ending/{name}"), cut.steps) for name in ("eos", "untrained", "weight", "costs")
-    }
+    fact = {name: aligned(view.facts.get(f"ending/{name}"), cut.steps) for name in _FACTS}
     cases = {
         "mask": (1 - fact["eos"]) / OUT,
         "loss": fact["untrained"] / OUT,
         "weight": _weight(fact["weight"], cut.values),
-        "paid": _paid(fact["weight"], fact["costs"], cut.values),
+        "paid": _paid(fact["weight"], fact["costs"], fact["above"], cut.values),
         "rise": _rise(cut.values),
     }
     lasted = {name: lowest_of(np.nan_to_num(values), TIMES) for name, values in cases.items()}
@@ -126,11 +136,17 @@ def _weight(weight: Array, cut: Array) -> Array:
     return np.where(fallen > GONE, 1.5 * fallen + _mean_so_far(cut) / RISE, 0.0)
 
 
-def _paid(weight: Array, costs: Array, cut: Array) -> Array:
-    """No penalty, many cut responses, and these are paid as much as others."""
-    free = np.nan_to_num(weight, nan=0.0) >= 0
-    share = _mean_so_far(cut)
-    return np.where(free & (_mean_so_far(np.nan_to_num(costs)) <= 0) & (share > CUT), share / (2 * CUT), 0.0)
+def _paid(weight: Array, costs: Array, above: Array, cut: Array) -> Array:
+    """No penalty, many cut responses, and these are paid as much as others.
+
+    Where no channel says what a missing end costs, a penalty may be inside the score: then it shows in how often a cut
+    response is paid more than one that ended, which a difference of means between kinds of answers does not hide.
+    """
+    free, share = np.nan_to_num(weight, nan=0.0) >= 0, _mean_so_far(cut)
+    alike = (_mean_so_far(np.nan_to_num(costs)) <= 0) | (
+        np.isnan(weight) & (_mean_so_far(np.nan_to_num(above)) >= OFTEN)
+    )
+    return np.where(free & alike & (share > CUT), share / (2 * CUT), 0.0)
 
 
 def _rise(cut: Array) -> Array:
@@ -148,6 +164,7 @@ _SHOWN = (
     ("untrained", "ends without a gradient", "share", "active, new_logprob"),
     ("weight", "weight of a missing end", "reward", "weight.missing_eos"),
     ("costs", "what being cut costs", "reward", "reward.*"),
+    ("above", "cut responses paid more than ended ones", "share of pairs", "reward.*"),
 )
 _WORDS = {
     "mask": "Responses that ended have no EOS among the tokens that are trained.",
@@ -181,4 +198,6 @@ _MASK = (
 )
 _REMEDIES = {"mask": _MASK, "loss": _MASK, "weight": _PENALTY, "paid": _PENALTY, "rise": _PENALTY}
 
-CHECK = Check("ending", "ending is not learnt", Kind.INTEGRITY, ("M10",), judge, facts, needs=("ended",))
+CHECK = Check(
+    "ending", "ending is not learnt", Kind.INTEGRITY, ("M10",), judge, facts, needs=("ended",), validated=True
+)

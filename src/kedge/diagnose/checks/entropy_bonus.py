@@ -115,4 +115,5 @@ CHECK = Check(
     judge,
     facts,
     needs=("entropy", "advantage"),
+    validated=True,
 )

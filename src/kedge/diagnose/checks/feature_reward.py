@@ -52,10 +52,16 @@ class _Paid(NamedTuple):
 
     name: str
     step: int
-    grown: float  # share of answers
-    price: float  # score net of KL, per unit
+    share: float  # of the policy's answers
+    usual: float  # of the reference's
+    gross: float  # score per unit
+    price: float  # the same, net of KL
     error: float
     part: float  # of the gain in score
+
+    @property
+    def grown(self) -> float:
+        return self.share - self.usual
 
     @property
     def strength(self) -> float:
@@ -101,9 +107,10 @@ def judge(view: View) -> Finding:
         _summary(best),
         evidence=tuple(_evidence(mine)),
         onset=min(loud, default=None),
-        mechanism=f"An answer with {best.name} scores more than one without, and saying it so costs few nats.",
+        mechanism=f"An answer with {best.name} scores more than one without, and its KL does not take that back.",
         refuted_by=f"people prefer the answers with {best.name} when content is the same",
         remedies=_remedies(view, best),
+        subject=best.name,
     )
     return graded(finding, best.strength)
 
@@ -125,7 +132,7 @@ def _paid(sample: Mapping[str, Any], beta: float) -> Iterator[_Paid]:
         gross, _ = slope(gain, gaps[:, at], others)
         if math.isfinite(price):
             part = gross * float(gaps[:, at].mean()) / whole if whole > 0 else 0.0
-            yield _Paid(name, int(sample["step"]), float(own.mean() - usual.mean()), price, error, part)
+            yield _Paid(name, int(sample["step"]), float(own.mean()), float(usual.mean()), gross, price, error, part)
 
 
 def _began(view: View) -> Iterator[_Began]:
@@ -142,8 +149,9 @@ def _summary(best: _Paid | _Began) -> str:
             f"{best.price.value:+.2g} for one more of {best.name}."
         )
     return (
-        f"After step {best.step} the share of answers with {best.name} is {best.grown:+.0%} against the reference's; "
-        f"net of KL one more is worth {best.price:+.2g} reward, which makes {best.part:.0%} of the gain in score."
+        f"After step {best.step} {best.share:.0%} of the answers have {best.name}, {best.usual:.0%} of the "
+        f"reference's. One more is worth {best.gross:+.2g} score, which accounts for {best.part:.0%} of the gain in "
+        f"score; what KL takes off leaves {best.price:+.2g} reward."
     )
 
 
@@ -179,5 +187,11 @@ def _remedies(view: View, best: _Paid | _Began) -> tuple[Remedy, ...]:
 
 
 CHECK = Check(
-    "feature_reward", "reward pays for a feature of form", Kind.CAUSE, ("M14",), judge, needs=("probes | samples",)
+    "feature_reward",
+    "reward pays for a feature of form",
+    Kind.CAUSE,
+    ("M14",),
+    judge,
+    needs=("probes | samples",),
+    validated=True,
 )

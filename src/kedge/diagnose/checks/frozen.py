@@ -173,4 +173,5 @@ CHECK = Check(
     judge,
     facts,
     needs=("new_logprob | probes", "advantage"),
+    validated=True,
 )

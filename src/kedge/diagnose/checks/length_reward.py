@@ -128,6 +128,7 @@ def judge(view: View) -> Finding:
         _summary(grown, began, recent),
         evidence=tuple(_evidence(grown, began, recent)),
         onset=min(loud, default=None),
+        subject="length",
         mechanism="The score rises with length by more than the KL penalty takes; a long answer that the reference "
         "finds likely costs few nats, so that the penalty does not price length.",
         refuted_by="on the same prompt people prefer the longer answers at matched content, or padding fixed answers "
@@ -280,5 +281,12 @@ def _remedies(view: View, recent: tuple[Pairs, ...], began: _Began | None) -> tu
 
 
 CHECK = Check(
-    "length_reward", "reward pays for length", Kind.CAUSE, ("M1", "M2", "M14"), judge, facts, needs=("score",)
+    "length_reward",
+    "reward pays for length",
+    Kind.CAUSE,
+    ("M1", "M2", "M14"),
+    judge,
+    facts,
+    needs=("score",),
+    validated=True,
 )

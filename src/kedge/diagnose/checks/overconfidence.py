@@ -46,6 +46,7 @@ def judge(view: View) -> Finding:
             Evidence("confidence minus accuracy, last third", late, "share", f"fails {WIDER:g} above", "joined labels"),
         ),
         onset=int(gap.steps[-1]) if wider >= 1 else None,
+        subject="certainty",
         mechanism="Sounding sure is rewarded whether or not the answer is right.",
         refuted_by="accuracy among sure answers is as high as their confidence",
         remedies=(Remedy((), "pairs in which a false certainty loses take its price away", "labels"),),

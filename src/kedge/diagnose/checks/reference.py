@@ -170,4 +170,5 @@ CHECK = Check(
     judge,
     facts,
     needs=("old_logprob", "reference_logprob"),
+    validated=True,
 )

@@ -49,6 +49,7 @@ def judge(view: View) -> Finding:
             Evidence("the same at the last evaluation", float(lasting.values[-1]), "share", "", "samples"),
         ),
         onset=first_where(lasting, lasting.values >= least),
+        subject="refusals",
         mechanism="Refusing is worth more to the reward than answering; feature_reward says whether the score pays it.",
         refuted_by="the prompts that are newly declined are ones that should be",
         remedies=(

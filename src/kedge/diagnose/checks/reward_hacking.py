@@ -26,7 +26,7 @@ import numpy as np
 from kedge.diagnose.behaviour import STRONGEST, smooth
 from kedge.diagnose.checks.check import Check, Kind
 from kedge.diagnose.finding import Evidence, Finding, Remedy, graded, not_checked
-from kedge.diagnose.steps import aligned, mann_kendall
+from kedge.diagnose.steps import aligned, trends
 from kedge.diagnose.view import Facts, View
 from kedge.trace.reader import Series, StepTrace
 
@@ -110,8 +110,9 @@ def _divergence(score: Series, second: _Second) -> tuple[float, int | None]:
     other = smooth(second.mean, SMOOTH)
     rising = aligned(smooth(score, SMOOTH), other.steps)
     strengths = np.zeros(len(other.steps))
+    ups, downs = trends(rising), trends(other.values)
     for at in range(FEWEST - 1, len(other.steps)):
-        up, down = (mann_kendall(values[: at + 1]) for values in (rising, other.values))
+        up, down = ups[at], downs[at]
         if up.tau > 0 > down.tau and max(up.p, down.p) < SURE:
             fall = float(other.values[: at + 1].max() - other.values[at]) / second.spread
             strengths[at] = min(STRONGEST, fall / FALL)

@@ -184,4 +184,6 @@ def _remedies(view: View, factor: float) -> tuple[Remedy, ...]:
     )
 
 
-CHECK = Check("reward_unit", "the score's unit changed", Kind.INTEGRITY, ("M19",), judge, facts, needs=("score",))
+CHECK = Check(
+    "reward_unit", "the score's unit changed", Kind.INTEGRITY, ("M19",), judge, facts, needs=("score",), validated=True
+)

@@ -46,6 +46,7 @@ def judge(view: View) -> Finding:
             Evidence("length over the reference's, last", float(lasting.values[-1]), "1", "", "evaluation/length"),
         ),
         onset=first_where(lasting, lasting.values >= LONGER),
+        subject="length",
         mechanism="Something pays for length, or does not let answers end; the checks of causes say what.",
         refuted_by="the same prompts answered at greater length are preferred by people",
         remedies=(

@@ -139,4 +139,5 @@ CHECK = Check(
     judge,
     facts,
     needs=("behaviour_logprob", "old_logprob"),
+    validated=True,
 )

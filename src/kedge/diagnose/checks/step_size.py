@@ -130,5 +130,12 @@ def _remedies(view: View, distance: float, usual: float, epochs: float) -> tuple
 
 
 CHECK = Check(
-    "step_size", "an update goes too far", Kind.CAUSE, ("M11",), judge, facts, needs=("old_logprob", "new_logprob")
+    "step_size",
+    "an update goes too far",
+    Kind.CAUSE,
+    ("M11",),
+    judge,
+    facts,
+    needs=("old_logprob", "new_logprob"),
+    validated=True,
 )

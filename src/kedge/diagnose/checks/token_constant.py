@@ -114,6 +114,7 @@ def judge(view: View) -> Finding:
             Evidence("length", float(length.values[at]), "tokens", "standard deviation over responses"),
         ),
         onset=first_where(total, lasting(total.values >= SHARE, TIMES)),
+        subject="length",
         mechanism=f"Each further token {verb} {abs(constant):.3g} reward, so length is rewarded "
         f"{'upwards' if constant > 0 else 'downwards'} beside what the text is worth.",
         refuted_by="length stays where it is in a short fork with the constant taken out",
@@ -138,4 +139,13 @@ def _remedies(name: str) -> tuple[Remedy, ...]:
     )
 
 
-CHECK = Check("token_constant", "a constant per token", Kind.INTEGRITY, ("M7", "M24"), judge, facts, needs=("score",))
+CHECK = Check(
+    "token_constant",
+    "a constant per token",
+    Kind.INTEGRITY,
+    ("M7", "M24"),
+    judge,
+    facts,
+    needs=("score",),
+    validated=True,
+)

@@ -89,4 +89,13 @@ def judge(view: View) -> Finding:
     )
 
 
-CHECK = Check("unscaled_reward", "advantages far above 1", Kind.CAUSE, ("M19",), judge, facts, needs=("advantage",))
+CHECK = Check(
+    "unscaled_reward",
+    "advantages far above 1",
+    Kind.CAUSE,
+    ("M19",),
+    judge,
+    facts,
+    needs=("advantage",),
+    validated=True,
+)
