@@ -273,6 +273,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for predictor in PREDICTORS:
         found[predictor] = {
             "sign": _interval([[point.right(predictor) for point in group] for group in changed]),
+            "moved": _interval([[p.right(predictor) for p in group if abs(p.moved) > noise] for group in changed]),
             "against": _interval([[point.right_against(predictor) for point in group] for group in changed]),
             "beyond": _interval(
                 [[p.right_against(predictor) for p in group if abs(p.against) > 2 * noise] for group in changed]
@@ -307,8 +308,9 @@ def _interval(groups: Sequence[Sequence[float]]) -> dict[str, float]:
 
 ROWS = {
     "sign": "sign of the change of length right",
+    "moved": "the same, where length moved by more than the noise",
     "against": "sign of the difference from the null fork right",
-    "beyond": "the same, where it is more than twice the noise",
+    "beyond": "the same, where that is more than twice the noise",
     "spearman": "rank correlation over the changes at a checkpoint",
 }
 
@@ -317,7 +319,8 @@ def render(found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The page; every number in it comes from `found` and `rows`."""
     page = ["# Replay against forks", "", f"Made by `{COMMAND}`; raw figures in `replay.json`.", ""]
     page += [
-        f"{found['cases']} changes at {found['checkpoints']} checkpoints of desk runs; forks of {STEPS} steps, lengths",
+        f"{found['cases']} changes at {found['checkpoints']} checkpoints of desk runs (seeds "
+        f"{', '.join(map(str, sorted({row['seed'] for row in rows})))}); forks of {STEPS} steps, lengths",
         "on the evaluation prompts, replay of the steps at the checkpoint. Intervals (95%) are over resampled",
         f"checkpoints. Null forks with other draws differ by {found['noise']:.2f} tokens (rms): the noise.",
         "*return*: covariance of length with what a response earns; *push*: with its token weights; *decided*:",
