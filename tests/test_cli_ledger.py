@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def test_features_of_ones_own(capsys: pytest.CaptureFixture[str], run: Path, tmp
 
 
 def test_labels_are_joined(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
     rows = [{"response": f"response {row}", "grade": "good" if row % 2 else "bad", "worth": row} for row in range(20)]
     with (tmp_path / "audit.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -94,11 +96,12 @@ def test_labels_are_joined(capsys: pytest.CaptureFixture[str], run: Path, tmp_pa
     (tmp_path / "audit.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = []
     for name in ("audit.csv", "audit.jsonl"):
-        arguments = (run, "--join", tmp_path / name, "--by", "label:grade", "--feature", "label:worth")
-        texts.append(ledger(capsys, *arguments))
-        assert f"{name}: 96 of 96 responses have labels; 4 of 20 labelled items are not in the steps read." in texts[-1]
+        assert cli.main(["label", "join", str(run), str(tmp_path / name), "--replace"]) == 0
+        assert "16 of 20 rows label 96 responses" in capsys.readouterr().out
+        texts.append(ledger(capsys, run, "--by", "label:audit.grade", "--feature", "label:worth", "--since", 1))
+        assert "labels/audit: 96 responses have a label, 80 of them in the steps read." in texts[-1]
         assert "grade bad  grade good" in texts[-1] and "label:worth" in texts[-1]
-    assert texts[0].replace(".csv", ".jsonl") == texts[1]
+    assert texts[0] == texts[1]
 
 
 def test_since(capsys: pytest.CaptureFixture[str], run: Path) -> None:
@@ -131,15 +134,13 @@ def test_a_page_with_charts(capsys: pytest.CaptureFixture[str], run: Path, tmp_p
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
-    (tmp_path / "nothing.csv").write_text("a,b\n1,2\n")
     assert "there is no such run" in refused(capsys, tmp_path / "absent")
     assert "not a Kedge run" in refused(capsys, tmp_path / "bare")
     assert "did you mean style" in refused(capsys, run, "--by", "styles")
-    assert "--join" in refused(capsys, run, "--by", "label:grade")
-    assert "--join" in refused(capsys, run, "--feature", "label:grade")
+    assert "kedge label join" in refused(capsys, run, "--by", "label:grade")
+    assert "kedge label join" in refused(capsys, run, "--feature", "label:grade")
     assert "end it in .csv" in refused(capsys, run, "--export", tmp_path / "out.txt")
     assert "end it in .html" in refused(capsys, run, "--html", tmp_path / "out.txt")
-    assert "says nowhere" in refused(capsys, run, "--join", tmp_path / "nothing.csv")
     assert "regular expression" in refused(capsys, run, "--feature", "(")
     assert "phrase:1 to phrase:8" in refused(capsys, run, "--by", "phrase:9")
     assert "more than once" in refused(capsys, run, "--by", "phrase", "--by", "phrase:2")

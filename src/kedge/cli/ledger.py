@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +14,9 @@ from kedge.progress import Interrupt, Progress
 
 if TYPE_CHECKING:
     from kedge.diagnose.groups import Grouping
-    from kedge.diagnose.joined import Labels
     from kedge.diagnose.phrases import PhraseTally
     from kedge.diagnose.push import Measure
+    from kedge.trace.labels import Labels
     from kedge.trace.reader import Run
 
 PHRASE_SIZES = range(1, 9)
@@ -29,11 +29,8 @@ def ledger(
         typer.Option(
             "--by",
             metavar="GROUP",
-            help="style, tercile, position, time, phrase, feature:NAME or label:COLUMN; repeat it to cross groups.",
+            help="style, tercile, position, time, phrase, feature:NAME or label:NAME; repeat it to cross groups.",
         ),
-    ] = None,
-    join: Annotated[
-        Path | None, typer.Option("--join", metavar="FILE", help="Labels of prompts or responses: CSV, JSONL, Parquet.")
     ] = None,
     feature: Annotated[
         list[str] | None,
@@ -56,13 +53,14 @@ def ledger(
         from kedge.diagnose.groups import crossed
         from kedge.diagnose.survey import survey
         from kedge.report import ledger_page
+        from kedge.trace.labels import read_labels
         from kedge.trace.reader import read_run
 
         if export is not None:
             ledger_page.check_export(export)
         run = read_run(folder)
         steps = tuple(step for step in run.steps() if step >= since)
-        labels = None if join is None else _labels(join)
+        labels = read_labels(run)
         names = list(dict.fromkeys(by or ()))
         phrases = _phrases([name for name in names if name.partition(":")[0] == "phrase"], run)
         cuts = _groupings([name for name in names if name.partition(":")[0] != "phrase"], run, steps, labels)
@@ -79,11 +77,11 @@ def ledger(
             [one for one in cuts if not one.labels] + [crossed([one for one in cuts if one.labels])],
             _measures(feature, labels),
             phrases=phrases,
-            labels=labels,
             since=since,
             watch=watch,
         )
-        notes = [*_of_labels(labels), *_of_phrases(phrases)]
+        asked = any(name.startswith("label:") for name in (*names, *(feature or ())))
+        notes = [*_of_labels(labels if asked else None, steps), *_of_phrases(phrases)]
         result: dict[str, Any] = ledger_page.as_json(found) | {"said": notes}
         result["lines"] = ledger_page.lines(found, run.name, notes)
         if export is not None:
@@ -93,19 +91,6 @@ def ledger(
         return result
 
     execute(work, as_json=as_json)
-
-
-def _labels(path: Path) -> Labels:
-    from kedge.data.files import read_rows
-    from kedge.diagnose.joined import Labels
-
-    def rows() -> Iterator[Mapping[str, Any]]:
-        for _, row in read_rows(path):
-            if isinstance(row, Problem):
-                raise InputError(row)
-            yield row
-
-    return Labels(rows(), path.name)
 
 
 def _groupings(names: list[str], run: Run, steps: tuple[int, ...], labels: Labels | None) -> list[Grouping]:
@@ -137,8 +122,8 @@ def _measures(names: list[str] | None, labels: Labels | None) -> list[Measure]:
         kind, _, column = name.partition(":")
         if kind == "label" and column:
             if labels is None:
-                raise InputError(Problem(f"--feature {name}", "no labels were given", "join a file with --join FILE"))
-            labels.column(column)
+                raise InputError(Problem(f"--feature {name}", "the run has no labels", "kedge label join RUN FILE"))
+            labels.known(column)
             made.append(Measure(name, "1", _of_column(labels, column)))
         else:
             feature = feature_named(name)
@@ -150,18 +135,15 @@ def _of_column(labels: Labels, column: str) -> Any:
     return lambda step: labels.numbers(step, column)
 
 
-def _of_labels(labels: Labels | None) -> list[str]:
+def _of_labels(labels: Labels | None, steps: tuple[int, ...]) -> list[str]:
     if labels is None:
         return []
-    said = [
-        f"{labels.source}: {labels.responses_matched:,} of {labels.responses:,} responses have labels; "
-        f"{labels.unmatched:,} of {len(labels):,} labelled items are not in the steps read."
+    there = set(steps)
+    return [
+        f"labels/{one.name}: {len(one.places):,} responses have a label, "
+        f"{sum(step in there for step, _ in one.places):,} of them in the steps read."
+        for one in labels.sets
     ]
-    if labels.repeated:
-        said.append(
-            f"{labels.source}: {labels.repeated:,} rows are about what an earlier row is about; the first counts."
-        )
-    return said
 
 
 def _of_phrases(phrases: PhraseTally | None) -> list[str]:
