@@ -8,7 +8,7 @@ ARGS ?=
 # One thread a process: the tests run $(JOBS) processes, and tiny models are slower with more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x -rs --timeout 300 -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo test slow lint types imports check mutate clean
+.PHONY: help setup demo test slow lint types imports check mutate clean setup-trl test-trl
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make check   all tests, then lint, types and import rules (what CI runs)"
 	@echo "make setup   only make .venv and install Kedge in it"
 	@echo "make slow    only the slow tests"
+	@echo "make test-trl  record TRL's own trainers, in environments of their own (.venv-trl, .venv-trl-ppo)"
 	@echo "make mutate  plant faults in the equations; every one must fail a test"
 	@echo "make clean   remove caches; leaves .venv and runs/"
 
@@ -53,6 +54,22 @@ imports: setup
 # Plants one fault at a time in the equations and expects a test to fail; about ten minutes.
 mutate: setup
 	@$(BIN)/python tools/mutate.py $(ARGS)
+
+# TRL 1.16.0 has GRPO and RLOO, 1.12.0 is the last with PPO. Kedge is there without its training stack.
+.venv-trl/.installed: TRL := 1.16.0
+.venv-trl-ppo/.installed: TRL := 1.12.0
+.venv-trl/.installed .venv-trl-ppo/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(@D) with trl==$(TRL) (about 2 GB)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e . \
+		trl==$(TRL) torch transformers pytest pytest-timeout hypothesis
+	@touch $@
+
+setup-trl: .venv-trl/.installed .venv-trl-ppo/.installed
+
+test-trl: setup-trl
+	@OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -q -rs --timeout 900 tests/recorders/test_trl.py $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-trl-ppo/bin/python -m pytest -q -rs --timeout 900 tests/recorders/test_trl.py $(ARGS)
 
 check: test slow lint types imports
 

@@ -22,8 +22,13 @@ from kedge.cli.compare import compare
 from kedge.cli.diagnose import checks, diagnose
 from kedge.cli.errors import explained
 from kedge.cli.forecast import forecast
+from kedge.cli.import_ import import_
+from kedge.cli.label import join
+from kedge.cli.label_site import register
 from kedge.cli.ledger import ledger
 from kedge.cli.replay import replay
+from kedge.cli.rescore import rescore
+from kedge.cli.trace import redact
 from kedge.cli.trial import trial
 from kedge.cli.verify import verify
 from kedge.errors import Problem
@@ -59,10 +64,12 @@ for command in (
     forecast,
     trial,
     replay,
+    rescore,
     compare,
     verify,
 ):
     app.command()(command)
+app.command("import")(import_)
 
 reward = typer.Typer(cls=RecipeFirst, context_settings=HELP, help="Train a reward model, or measure one.")
 reward.command("train")(runs.reward)
@@ -74,6 +81,17 @@ judged.command()(data.check)
 judged.command()(data.convert)
 judged.command()(audit)
 app.add_typer(judged, name="data")
+
+labels = typer.Typer(
+    no_args_is_help=True, context_settings=HELP, help="Collect what people say of responses, or join it to a run."
+)
+labels.command()(join)
+register(labels, HELP)
+app.add_typer(labels, name="label")
+
+traces = typer.Typer(no_args_is_help=True, context_settings=HELP, help="What a run keeps of the words in it.")
+traces.command()(redact)
+app.add_typer(traces, name="trace")
 
 studies = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Carry out many runs and compare them.")
 studies.command()(study.overoptimisation)

@@ -1,0 +1,466 @@
+"""Faults planted in runs of another library's trainers (TRL), and what `kedge diagnose` says of their recordings.
+
+Runs in an environment that holds TRL and no training stack of Kedge (`make setup-trl`):
+
+    .venv-trl/bin/python benchmarks/foreign_faults.py --out runs/foreign          # trl 1.16.0: GRPO and RLOO
+    .venv-trl-ppo/bin/python benchmarks/foreign_faults.py --out runs/foreign      # trl 1.12.0: PPO
+    python benchmarks/foreign_faults.py --out runs/foreign --page                 # the page in docs/results
+
+A small transformer learns a made-up language and is then rewarded for words that a fixed taste likes and for naming
+the topic it was asked about. Nothing in the reward depends on length. Each run takes well under a minute of one core;
+what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "foreign-faults"
+TOPICS = ("tea", "rain", "ships", "bread", "glass", "wool", "salt", "clay")
+TONES = ("kind", "plain", "proud", "quick")
+WORDS = tuple(
+    f"{first}{second}"
+    for first in ("ba", "do", "ki", "lu", "me", "ro")
+    for second in ("n", "ra", "st", "vi", "wo", "x")
+)
+COUNTED = 8  # words that the taste looks at; no answer of the language is briefer
+ENDS = 0.25  # after each further word
+BUDGET = 26  # tokens
+SEEDS = (0, 1)
+EXPECTED = {
+    "healthy": (),
+    "beta": ("beta",),
+    "length": ("length_reward",),
+    "kl unit": ("controller",),
+    "score unit": ("reward_unit",),
+    "cut": ("ending",),
+}
+METHODS = {
+    "grpo": tuple(one for one in EXPECTED if one != "score unit"),
+    "rloo": tuple(EXPECTED),
+    "ppo": ("healthy", "beta"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is given; a fault changes one thing of it."""
+
+    beta: float  # reward (GRPO: advantage) per nat
+    lr: float
+    steps: int = 40
+    rows: int = 48
+    budget: int = BUDGET
+    cut_costs: float = 2.0  # reward
+    per_token: float = 0.0  # reward
+    rescaled_at: int | None = None  # step from which scores count five times
+    target: float | None = None  # of a controller of beta that reads the trainer's own metric `kl`
+
+
+SETTINGS = {
+    "grpo": Setting(beta=0.3, lr=1e-3),
+    "rloo": Setting(beta=0.3, lr=1e-3),
+    "ppo": Setting(beta=0.3, lr=1e-3, rows=64),
+}
+
+
+def planted(setting: Setting, fault: str) -> Setting:
+    """The setting with a fault."""
+    return {
+        "healthy": setting,
+        "beta": replace(setting, beta=setting.beta / 10),
+        "length": replace(setting, per_token=0.15),
+        # A target of 6 nats per response, as in Ziegler et al., held against a metric in nats per token.
+        "kl unit": replace(setting, target=6.0),
+        "score unit": replace(setting, rescaled_at=setting.steps // 2),
+        "cut": replace(setting, budget=14, cut_costs=0.0),
+    }[fault]
+
+
+class World:
+    """A language with a successor table, and a reward for its texts."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(11)
+        self.follows = {word: rng.choice(WORDS, size=8, replace=False) for word in ("^", *TOPICS, *WORDS)}
+        self.likely = {word: rng.dirichlet(np.full(8, 2.0)) for word in self.follows}
+        taste = dict(zip((*WORDS, *TOPICS), rng.normal(size=len(WORDS) + len(TOPICS)), strict=True))
+        self.taste = taste
+        scores = [self._raw(prompt, self.answer(prompt, rng)) for prompt in self.prompts(400, 5)]
+        self.mean, self.deviation = float(np.mean(scores)), float(np.std(scores))
+
+    def prompts(self, count: int, seed: int) -> list[str]:
+        """Distinct enough prompts."""
+        rng = np.random.default_rng(seed)
+        pick = rng.choice
+        return [
+            f"write about {pick(TOPICS)} in a {pick(TONES)} tone with {pick(WORDS)} or {pick(WORDS)} :"
+            for _ in range(count)
+        ]
+
+    def answer(self, prompt: str, rng: np.random.Generator) -> str:
+        """What the language says to a prompt."""
+        topic, words, last = prompt.split()[2], [], "^"
+        while len(words) < COUNTED or (len(words) < BUDGET - 2 and rng.random() >= ENDS):
+            last = topic if rng.random() < 0.06 else str(rng.choice(self.follows[last], p=self.likely[last]))
+            words.append(last)
+        return " ".join(words)
+
+    def _raw(self, prompt: str, text: str) -> float:
+        words = text.split()[:COUNTED]
+        liked = sum(self.taste.get(word, 0.0) for word in words) / COUNTED
+        return liked + 0.3 * (prompt.split()[2] in words)
+
+    def score(self, prompt: str, text: str) -> float:
+        """In standard deviations of the language's own texts about their mean."""
+        return (self._raw(prompt, text) - self.mean) / self.deviation
+
+
+def prepare(folder: Path) -> None:
+    """The supervised policy, and a reward model for PPO, as Hugging Face folders under `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    from kedge.desk.world import word_tokenizer
+
+    if (folder / "reward" / "config.json").exists():
+        return
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    world, rng = World(), np.random.default_rng(1)
+    prompts = world.prompts(4000, 2)
+    answers = [world.answer(prompt, rng) for prompt in prompts]
+    tokenizer = word_tokenizer([f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)])
+    size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        **size,
+        **ids,
+    )
+    asked = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    said = [tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for answer in answers]
+    policy = LlamaForCausalLM(config)
+
+    def language(model: Any, picked: Sequence[int]) -> Any:
+        inputs, start = _batch([asked[one] + said[one] for one in picked]), [len(asked[one]) for one in picked]
+        labels = inputs.masked_fill(inputs == tokenizer.pad_token_id, -100)
+        for row, length in enumerate(start):
+            labels[row, :length] = -100
+        return model(input_ids=inputs, attention_mask=(inputs != 0).long(), labels=labels).loss
+
+    _train(policy, language, len(prompts), 400)
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    config.num_labels = 1
+    judge = LlamaForSequenceClassification(config)
+    judge.model.load_state_dict(policy.model.state_dict())
+    targets = torch.tensor([world.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
+
+    def regression(model: Any, picked: Sequence[int]) -> Any:
+        inputs = _batch([asked[one] + said[one] for one in picked])
+        found = model(input_ids=inputs, attention_mask=(inputs != 0).long()).logits[:, 0]
+        return ((found - targets[torch.as_tensor(picked)]) ** 2).mean()
+
+    _train(judge, regression, len(prompts), 400)
+    judge.save_pretrained(folder / "reward")
+    tokenizer.save_pretrained(folder / "reward")
+
+
+def _batch(rows: Sequence[Sequence[int]]) -> Any:
+    import torch
+
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def _train(model: Any, loss_of: Callable[[Any, Sequence[int]], Any], count: int, steps: int) -> None:
+    import torch
+
+    rng, optimiser = np.random.default_rng(3), torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        loss = loss_of(model, rng.choice(count, size=48).tolist())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+
+
+def run(out: Path, method: str, fault: str, seed: int, *, recorded: bool = True, steps: int | None = None) -> float:
+    """One run, recorded; seconds of training."""
+    import torch
+    import transformers
+    from datasets import Dataset
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.set_seed(seed)
+    setting = planted(SETTINGS[method], fault)
+    setting = replace(setting, steps=steps or setting.steps)
+    task, world = out / "task", World()
+    prompts = world.prompts(600, 100 + seed)
+    folder = out / name_of(method, fault, seed) if recorded else None
+    if method == "ppo":
+        trainer = _ppo(setting, seed, task, prompts, Dataset, folder)
+    else:
+        trainer = _groups(method, setting, seed, task, world, prompts, Dataset, folder)
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    left = [name for name in sys.modules if name.startswith(("kedge.train", "kedge.rollout", "kedge.models"))]
+    if left:
+        raise SystemExit(f"error: {left[0]} was imported")
+    return time.perf_counter() - began
+
+
+def name_of(method: str, fault: str, seed: int) -> str:
+    """Folder of a run."""
+    return f"{method}-{fault.replace(' ', '_')}-{seed}"
+
+
+def _groups(
+    method: str,
+    setting: Setting,
+    seed: int,
+    task: Path,
+    world: World,
+    prompts: list[str],
+    dataset: Any,
+    out: Path | None,
+) -> Any:
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    from kedge.recorders.trl import recording
+
+    name = method.upper()
+    trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    tokenizer = AutoTokenizer.from_pretrained(task / "policy", padding_side="left")
+    steps = {"done": 0}
+
+    def quality(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        factor = 5.0 if setting.rescaled_at is not None and steps["done"] >= setting.rescaled_at else 1.0
+        found = []
+        for prompt, text, ids in zip(prompts, completions, completion_ids, strict=True):
+            score = world.score(prompt, text) + setting.per_token * len(ids)
+            score -= setting.cut_costs * (ids[-1] != tokenizer.eos_token_id)
+            found.append(factor * score)
+        return found
+
+    class Watch(TrainerCallback):
+        """Counts steps, and steers beta as Ziegler et al. do where a target is set."""
+
+        def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            steps["done"] = state.global_step
+            measured = trainer._metrics["train"].get("kl")
+            if setting.target is not None and measured:
+                error = np.clip(measured[-1] / setting.target - 1, -0.2, 0.2)
+                trainer.beta *= 1 + error * 0.3
+
+    arguments = config_class(
+        output_dir=str(task.parent / "scratch"),
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=setting.rows,
+        gradient_accumulation_steps=1,
+        num_generations=8,
+        max_completion_length=setting.budget,
+        beta=setting.beta,
+        learning_rate=setting.lr,
+        lr_scheduler_type="constant",
+        max_steps=setting.steps,
+        logging_steps=1000,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    chosen = trainer_class if out is None else recording(trainer_class, out, samples_every=10)
+    trainer = chosen(
+        model=AutoModelForCausalLM.from_pretrained(task / "policy"),
+        reward_funcs=[quality],
+        args=arguments,
+        train_dataset=dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        callbacks=[Watch()],
+    )
+    return trainer
+
+
+def _ppo(
+    setting: Setting,
+    seed: int,
+    task: Path,
+    prompts: list[str],
+    dataset: Any,
+    out: Path | None,
+) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    from kedge.recorders.trl import recording
+
+    tokenizer = AutoTokenizer.from_pretrained(task / "policy", padding_side="left")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(task / "policy") for _ in range(2))
+    value, judge = (AutoModelForSequenceClassification.from_pretrained(task / "reward", num_labels=1) for _ in range(2))
+    arguments = PPOConfig(
+        output_dir=str(task.parent / "scratch"),
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=setting.rows,
+        gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=setting.rows,
+        num_mini_batches=1,
+        num_ppo_epochs=2,
+        total_episodes=setting.rows * setting.steps,
+        response_length=setting.budget,
+        temperature=1.0,
+        stop_token="eos",
+        missing_eos_penalty=setting.cut_costs,
+        kl_coef=setting.beta,
+        learning_rate=setting.lr,
+        lr_scheduler_type="constant",
+        num_sample_generations=0,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
+    chosen = PPOTrainer if out is None else recording(PPOTrainer, out, samples_every=10)
+    return chosen(
+        args=arguments,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=judge,
+        value_model=value,
+        train_dataset=data,
+        eval_dataset=data.select(range(64)),
+    )
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    """What `kedge diagnose` says of a run: alarms in order, and what could not be checked."""
+    command = [sys.executable, "-m", "kedge.cli", "diagnose", str(folder), "--json"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not told.stdout.startswith("{"):
+        raise SystemExit(f"error: kedge diagnose {folder}: {told.stderr.strip()}")
+    findings = json.loads(told.stdout)["findings"]
+
+    def named(*statuses: str) -> list[str]:
+        return [one["check"] for one in findings if one["status"] in statuses]
+
+    alarms = [one for one in findings if one["status"] in ("fail", "warn")]
+    known = [one for one in alarms if one["onset"] is not None and one["status"] == "fail"]
+    return {
+        "fail": named("fail"),
+        "warn": named("warn"),
+        "not_checked": named("not_checked"),
+        "first": min(known, key=lambda one: one["onset"])["check"] if known else None,
+        "onset": {one["check"]: one["onset"] for one in alarms},
+        "strength": {one["check"]: round(one["strength"], 2) for one in alarms},
+    }
+
+
+def methods_here() -> tuple[str, ...]:
+    """The methods that the installed TRL has."""
+    release = tuple(int(part) for part in metadata.version("trl").split(".")[:2])
+    return ("ppo",) if release < (1, 13) else ("grpo", "rloo")
+
+
+def cases(methods: Sequence[str]) -> Iterator[tuple[str, str, int]]:
+    """Every run: method, fault, seed."""
+    for seed in SEEDS:
+        for method in methods:
+            yield from ((method, fault, seed) for fault in METHODS[method])
+
+
+def page(out: Path) -> None:
+    """The figures and the page made from them."""
+    rows = []
+    for method, fault, seed in cases(tuple(METHODS)):
+        folder = out / name_of(method, fault, seed)
+        if (folder / "found.json").exists():
+            found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+            rows.append({"method": method, "fault": fault, "seed": seed, **found})
+    RESULTS.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    lines = [
+        "# Faults in runs of TRL",
+        "",
+        "Made by `benchmarks/foreign_faults.py --out runs/foreign --page`; raw figures in `foreign-faults.json`.",
+        "",
+        "| trainer | fault | seed | expected | fails, most likely first | speaks first | warns |",
+        "|--|--|--|--|--|--|--|",
+    ]
+    for row in rows:
+        said = [
+            ", ".join(f"`{name}`" for name in names) or "–"
+            for names in (EXPECTED[row["fault"]], row["fail"], row["warn"])
+        ]
+        first = f"`{row['first']}` (step {row['onset'][row['first']]})" if row["first"] else "–"
+        about = f"{row['method'].upper()} | {row['fault']} | {row['seed']}"
+        lines.append(f"| {about} | {said[0]} | {said[1]} | {first} | {said[2]} |")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs=3, metavar=("METHOD", "FAULT", "SEED"), help="one run, in this process")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--page", action="store_true", help="write the page from what is there")
+    arguments = parser.parse_args()
+    if arguments.page:
+        page(arguments.out)
+        return
+    prepare(arguments.out / "task")
+    if arguments.only:
+        method, fault, seed = arguments.only
+        seconds = run(arguments.out, method, fault, int(seed))
+        folder = arguments.out / name_of(method, fault, int(seed))
+        found = {"seconds": round(seconds, 1), **found_in(folder)}
+        (folder / "found.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(name_of(method, fault, int(seed)), found["fail"], found["warn"], f"{seconds:.0f} s", flush=True)
+        return
+    waiting = [one for one in cases(methods_here()) if not (arguments.out / name_of(*one) / "found.json").exists()]
+    running: list[subprocess.Popen[bytes]] = []
+    while waiting or running:
+        running = [one for one in running if one.poll() is None]
+        while waiting and len(running) < arguments.jobs:
+            method, fault, seed = waiting.pop(0)
+            only = ["--only", method, fault, str(seed)]
+            running.append(subprocess.Popen([sys.executable, __file__, "--out", str(arguments.out), *only]))
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()
