@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -370,24 +371,22 @@ def _ppo(
 
 def found_in(folder: Path) -> dict[str, Any]:
     """What `kedge diagnose` says of a run: alarms in order, and what could not be checked."""
-    command = [sys.executable, "-m", "kedge.cli", "diagnose", str(folder), "--json"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not told.stdout.startswith("{"):
-        raise SystemExit(f"error: kedge diagnose {folder}: {told.stderr.strip()}")
-    findings = json.loads(told.stdout)["findings"]
+    from kedge.diagnose.diagnosis import diagnose, read_view
+
+    findings = diagnose(read_view(folder)[0]).findings
 
     def named(*statuses: str) -> list[str]:
-        return [one["check"] for one in findings if one["status"] in statuses]
+        return [one.check for one in findings if one.status in statuses]
 
-    alarms = [one for one in findings if one["status"] in ("fail", "warn")]
-    known = [one for one in alarms if one["onset"] is not None and one["status"] == "fail"]
+    alarms = [one for one in findings if one.status in ("fail", "warn")]
+    known = [(one.onset, one.check) for one in alarms if one.onset is not None and one.status == "fail"]
     return {
         "fail": named("fail"),
         "warn": named("warn"),
         "not_checked": named("not_checked"),
-        "first": min(known, key=lambda one: one["onset"])["check"] if known else None,
-        "onset": {one["check"]: one["onset"] for one in alarms},
-        "strength": {one["check"]: round(one["strength"], 2) for one in alarms},
+        "first": min(known)[1] if known else None,
+        "onset": {one.check: one.onset for one in alarms},
+        "strength": {one.check: round(one.strength, 2) for one in alarms},
     }
 
 
@@ -432,34 +431,37 @@ def page(out: Path) -> None:
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def work(out: Path, share: int, shares: int) -> None:
+    """Every `shares`-th of the runs that are not there yet, from number `share` on."""
+    waiting = [one for one in cases(methods_here()) if not (out / name_of(*one) / "found.json").exists()]
+    for method, fault, seed in waiting[share::shares]:
+        folder = out / name_of(method, fault, seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        before = time.process_time()
+        seconds = run(out, method, fault, seed)
+        found = {"seconds": round(seconds, 1), "cpu": round(time.process_time() - before, 1), **found_in(folder)}
+        (folder / "found.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(folder.name, found["fail"], found["warn"], f"{found['cpu']:.0f} s of one core", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs=3, metavar=("METHOD", "FAULT", "SEED"), help="one run, in this process")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--share", type=int, help="the part of the runs that this process does, below --jobs")
     parser.add_argument("--page", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
     if arguments.page:
         page(arguments.out)
         return
-    prepare(arguments.out / "task")
-    if arguments.only:
-        method, fault, seed = arguments.only
-        seconds = run(arguments.out, method, fault, int(seed))
-        folder = arguments.out / name_of(method, fault, int(seed))
-        found = {"seconds": round(seconds, 1), **found_in(folder)}
-        (folder / "found.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(name_of(method, fault, int(seed)), found["fail"], found["warn"], f"{seconds:.0f} s", flush=True)
+    if arguments.share is not None:
+        work(arguments.out, arguments.share, arguments.jobs)
         return
-    waiting = [one for one in cases(methods_here()) if not (arguments.out / name_of(*one) / "found.json").exists()]
-    running: list[subprocess.Popen[bytes]] = []
-    while waiting or running:
-        running = [one for one in running if one.poll() is None]
-        while waiting and len(running) < arguments.jobs:
-            method, fault, seed = waiting.pop(0)
-            only = ["--only", method, fault, str(seed)]
-            running.append(subprocess.Popen([sys.executable, __file__, "--out", str(arguments.out), *only]))
-        time.sleep(0.5)
+    prepare(arguments.out / "task")
+    command = [sys.executable, __file__, "--out", str(arguments.out), "--jobs", str(arguments.jobs)]
+    running = [subprocess.Popen([*command, "--share", str(share)]) for share in range(arguments.jobs)]
+    if any([one.wait() for one in running]):  # noqa: C419 - all are waited for
+        raise SystemExit("error: a run broke; its message is above")
 
 
 if __name__ == "__main__":

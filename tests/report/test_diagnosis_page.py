@@ -140,7 +140,7 @@ def test_trials_are_shown_with_their_intervals(tmp_path: Path) -> None:
     text = page_of(run, failing()).text
     assert "2 steps from step 4, 3 pairs of forks" in text and "of twenty figures that nothing moved" in text
     assert "net margin 1 −0.5 −1.50 −2.25 to −0.75 (seeds) yes reward" in text, "the wider of the two intervals"
-    assert "gold (known to the built-in world alone) 1 −0.5 −1.50 – yes reward" in text
+    assert "gold (known to the built-in world alone) 1 −0.5 −1.50 – yes" in text
 
 
 @pytest.mark.parametrize("state", ["begun", "no text", "nothing"])

@@ -59,6 +59,7 @@ def test_distances_are_those_of_loops() -> None:
 def test_the_loss_is_judged_by_what_the_optimiser_was_told() -> None:
     assert found(ESTIMATOR, run(20, in_loss="k2")).status == "ok"
     assert found(ESTIMATOR, run(20, in_loss="full")).status == "ok"
+    assert found(ESTIMATOR, run(20, in_loss="k3+")).status == "ok"
     assert found(ESTIMATOR, run(20, in_loss="k3")).status == "warn"
     changed = found(ESTIMATOR, run(20, {"in_loss": "k3"}, at=12))
     assert (changed.status, changed.onset) == ("fail", 14)

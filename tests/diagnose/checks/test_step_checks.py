@@ -10,6 +10,7 @@ import pytest
 from made_steps import Made, found, run, view_of_steps
 
 from kedge.diagnose.checks import check_named
+from kedge.diagnose.checks.ending import _above
 from kedge.diagnose.view import Probes, View
 from kedge.trace.reader import Series, StepTrace
 
@@ -86,6 +87,31 @@ def test_no_penalty_at_all_counts_where_cut_answers_are_paid_as_much() -> None:
     assert found(ENDING, run(20, missing_eos=0.0, end=-1.0, unit=0.01)).status != "not_checked"
     assert found(ENDING, run(12)).status == "ok"
     assert found(ENDING, run(1)).status == "not_checked"
+
+
+class Foreign:
+    """Rows of a trainer without a channel for missing ends: what these cost is in the score."""
+    rows = Made(step, end=-1.0).rows()
+    keep = [index for index, name in enumerate(rows.channels) if name != "missing_eos"]
+    rewards = rows.rewards.copy()
+    last = rows.response_mask.sum(axis=1) - 1
+    rewards[np.arange(len(rows)), last, rows.channels.index("score")] -= cut_costs * ~rows.ended
+    channels = tuple(rows.channels[index] for index in keep)
+    kept = {name: getattr(rows, name)[..., keep] for name in ("values", "weights")}
+    return replace(rows, channels=channels, rewards=rewards[..., keep], **kept)
+
+
+def test_cut_answers_of_another_trainer_are_compared_with_those_that_ended() -> None:
+    alike = found(ENDING, [foreign(step, 0.0) for step in range(10)])
+    assert alike.status == "fail" and "paid as much as those that end" in alike.summary
+    assert found(ENDING, [foreign(step, 5.0) for step in range(10)]).status == "ok"
+
+
+def test_cut_and_ended_answers_are_compared_on_the_same_prompt() -> None:
+    reward, ended = np.array([1.0, 2.0, 3.0, 4.0]), np.array([True, False, True, False])
+    assert _above(reward, ended, np.array([0, 0, 1, 1])) == 1.0  # 2 over 1, 4 over 3
+    assert _above(reward, ended, None) == 0.75  # 2 is not over 3
+    assert _above(reward, ended, np.array([0, 1, 2, 3])) == 0.75  # no prompt has both
 
 
 def test_rising_truncation_fails_but_never_strongly() -> None:
