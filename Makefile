@@ -68,8 +68,8 @@ mutate: setup
 setup-trl: .venv-trl/.installed .venv-trl-ppo/.installed
 
 test-trl: setup-trl
-	@OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -q -rs --timeout 900 tests/recorders/test_trl.py $(ARGS)
-	@OMP_NUM_THREADS=1 .venv-trl-ppo/bin/python -m pytest -q -rs --timeout 900 tests/recorders/test_trl.py $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -q -rs --timeout 900 tests/recorders/test_trl_recorder.py $(ARGS)
+	@OMP_NUM_THREADS=1 .venv-trl-ppo/bin/python -m pytest -q -rs --timeout 900 tests/recorders/test_trl_recorder.py $(ARGS)
 
 check: test slow lint types imports
 
