@@ -6,8 +6,8 @@ Runs in an environment that holds TRL and no training stack of Kedge (`make setu
     .venv-trl-ppo/bin/python benchmarks/foreign_faults.py --out runs/foreign      # trl 1.12.0: PPO
     python benchmarks/foreign_faults.py --out runs/foreign --page                 # the page in docs/results
 
-A small transformer learns a made-up language and is then rewarded for words that a fixed taste likes and for naming
-the topic it was asked about. Nothing in the reward depends on length. Each run takes well under a minute of one core;
+A small transformer learns a made-up language and is then rewarded for different words that the asked tone likes
+and for naming the topic. Nothing in the reward depends on length. Each run takes well under a minute of one core;
 what is there already is not run again.
 """
 
@@ -71,7 +71,7 @@ class Setting:
     steps: int = 40
     rows: int = 48
     budget: int = BUDGET
-    cut_costs: float = 2.0  # reward
+    cut_costs: float = 4.0  # reward
     per_token: float = 0.0  # reward
     rescaled_at: int | None = None  # step from which scores count five times
     target: float | None = None  # of a controller of beta that reads the trainer's own metric `kl`
@@ -104,8 +104,13 @@ class World:
         rng = np.random.default_rng(11)
         self.follows = {word: rng.choice(WORDS, size=8, replace=False) for word in ("^", *TOPICS, *WORDS)}
         self.likely = {word: rng.dirichlet(np.full(8, 2.0)) for word in self.follows}
-        taste = dict(zip((*WORDS, *TOPICS), rng.normal(size=len(WORDS) + len(TOPICS)), strict=True))
-        self.taste = taste
+        size = len(WORDS) + len(TOPICS)
+        shared = rng.uniform(-1, 1, size=size)
+        # Each tone has a taste of its own, so that no phrase pleases whatever is asked.
+        self.taste = {
+            tone: dict(zip((*WORDS, *TOPICS), 0.5 * shared + rng.uniform(-1, 1, size=size), strict=True))
+            for tone in TONES
+        }
         scores = [self._raw(prompt, self.answer(prompt, rng)) for prompt in self.prompts(400, 5)]
         self.mean, self.deviation = float(np.mean(scores)), float(np.std(scores))
 
@@ -128,8 +133,10 @@ class World:
 
     def _raw(self, prompt: str, text: str) -> float:
         words = text.split()[:COUNTED]
-        liked = sum(self.taste.get(word, 0.0) for word in words) / COUNTED
-        return liked + 0.3 * (prompt.split()[2] in words)
+        asked = prompt.split()
+        taste = self.taste[asked[5]]
+        liked = sum(taste.get(word, 0.0) for word in sorted(set(words))) / COUNTED
+        return liked + 0.3 * (asked[2] in words)
 
     def score(self, prompt: str, text: str) -> float:
         """In standard deviations of the language's own texts about their mean."""

@@ -29,7 +29,7 @@ def with_loss(kind: str, beta: float = 0.3, **learning: object) -> StepTrace:
 
 
 def slope_of_weighted_k3(k: float, step: float = 1e-5) -> float:
-    """Derivative of pi / pi_old (ref / pi - 1 - log(ref / pi)) in log pi at pi_old, by differences; k is log pi / ref."""
+    """Derivative of pi / pi_old times k3 in log pi, at pi_old, by differences; `k` is log pi / ref."""
 
     def weighted(more: float) -> float:
         return math.exp(more) * (math.exp(-k - more) - 1 + k + more)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from made_steps import Made
+from made_steps import Made, view_of_steps
 from made_views import Said, Story, plain, with_metrics
 
 from kedge.diagnose.checks.length_reward import CHECK, facts
+from kedge.diagnose.finding import Finding
 from kedge.diagnose.view import View
+from kedge.trace.reader import StepTrace
 
 
 def longer(per_token: float):
@@ -144,3 +146,38 @@ def test_slopes_of_rows_are_least_squares() -> None:
         bottom += float((around**2).sum())
     assert slopes["length_reward/score_slope"] == pytest.approx(top / bottom, rel=1e-9)
     assert slopes["length_reward/within"] == 1
+
+
+@dataclass(frozen=True)
+class Several(Made):
+    """Four responses to each prompt."""
+
+    def rows(self) -> StepTrace:
+        rows = super().rows()
+        return replace(rows, group=np.arange(len(rows)) // 4)
+
+
+def several(per_token: float, shorter: float, kind: type[Made] = Several) -> Finding:
+    """Thirty steps of which the responses grow as EOS gets less likely, with so much reward a token."""
+    steps = [kind(step, per_token=per_token, end=1.0 - shorter * min(step, 15) / 15, beta=0.1) for step in range(30)]
+    return CHECK(view_of_steps(CHECK, steps))
+
+
+def test_rows_of_several_responses_show_what_length_is_paid() -> None:
+    found = several(0.15, 0.8)
+    assert found.status == "fail" and "Among responses to the same prompt" in found.summary
+    assert found.onset is not None and 9 <= found.onset <= 20
+    slope = {one.name: one.value for one in found.evidence}["slope of the reward on length"]
+    assert slope == pytest.approx(0.15, abs=0.1)
+
+
+def test_rows_need_payment_growth_and_the_same_prompt() -> None:
+    assert several(0.15, -0.3).status != "fail"  # paid, not longer
+    assert several(0.0, 0.8).status != "fail"  # longer, not paid
+    assert several(0.15, 0.8, Made).status == "not_checked"  # across prompts: they may need their length
+
+
+def test_rows_are_not_asked_where_there_are_probes() -> None:
+    view = Story(seed=0).view()
+    paid = view_of_steps(CHECK, [Several(step, per_token=0.15, end=1.0 - min(step, 15) / 20) for step in range(30)])
+    assert CHECK(replace(view, facts={**view.facts, **paid.facts})) == CHECK(view)

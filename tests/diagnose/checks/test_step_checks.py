@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,22 +89,28 @@ def test_no_penalty_at_all_counts_where_cut_answers_are_paid_as_much() -> None:
     assert found(ENDING, run(1)).status == "not_checked"
 
 
-class Foreign:
+@dataclass(frozen=True)
+class Foreign(Made):
     """Rows of a trainer without a channel for missing ends: what these cost is in the score."""
-    rows = Made(step, end=-1.0).rows()
-    keep = [index for index, name in enumerate(rows.channels) if name != "missing_eos"]
-    rewards = rows.rewards.copy()
-    last = rows.response_mask.sum(axis=1) - 1
-    rewards[np.arange(len(rows)), last, rows.channels.index("score")] -= cut_costs * ~rows.ended
-    channels = tuple(rows.channels[index] for index in keep)
-    kept = {name: getattr(rows, name)[..., keep] for name in ("values", "weights")}
-    return replace(rows, channels=channels, rewards=rewards[..., keep], **kept)
+
+    end: float = -1.0
+    cut_costs: float = 0.0
+
+    def rows(self) -> StepTrace:
+        rows = super().rows()
+        keep = [index for index, name in enumerate(rows.channels) if name != "missing_eos"]
+        rewards = rows.rewards.copy()
+        last = rows.response_mask.sum(axis=1) - 1
+        rewards[np.arange(len(rows)), last, rows.channels.index("score")] -= self.cut_costs * ~rows.ended
+        channels = tuple(rows.channels[index] for index in keep)
+        kept = {name: getattr(rows, name)[..., keep] for name in ("values", "weights")}
+        return replace(rows, channels=channels, rewards=rewards[..., keep], **kept)
 
 
 def test_cut_answers_of_another_trainer_are_compared_with_those_that_ended() -> None:
-    alike = found(ENDING, [foreign(step, 0.0) for step in range(10)])
+    alike = found(ENDING, [Foreign(step) for step in range(10)])
     assert alike.status == "fail" and "paid as much as those that end" in alike.summary
-    assert found(ENDING, [foreign(step, 5.0) for step in range(10)]).status == "ok"
+    assert found(ENDING, [Foreign(step, cut_costs=5.0) for step in range(10)]).status == "ok"
 
 
 def test_cut_and_ended_answers_are_compared_on_the_same_prompt() -> None:

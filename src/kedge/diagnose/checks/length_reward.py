@@ -11,14 +11,18 @@ token therefore outruns the penalty however large the KL becomes; with a geometr
 **How.** Two ways to fail. *Pays and grows*: the matched net margin of the probe pairs (verbose minus brief: score −
 β·max(KL, 0) − length penalty) has a 95% interval above 0 and most prompts above 0, and the answers' length over the
 reference's, the mean of two evaluations in a row, has risen from its lowest value so far by more than two standard
-errors. The strength is the smaller of lower end / 0.25 score and rise / 0.12. *Began to pay*: the scores of fixed texts
-changed between two looks, and regressed on length and all features of the texts the change rises with length; the
-strength is the change in Λ over 0.25, less where length explains under 15% of the change. Without probe pairs the
-policy's answers are compared with the reference's to the same prompts. Margins are within prompts; slopes across
-prompts are shown where there is nothing else, and never fail: prompts that need long answers may score higher.
+errors. The strength is the smaller of lower end / 0.25 score and rise / 0.12. *Began to pay*: the scores of fixed
+texts changed between two looks, and regressed on length and all features of the texts the change rises with length;
+the strength is the change in Λ over 0.25, less where length explains under 15% of the change. Without probe pairs the
+policy's answers are compared with the reference's to the same prompts. So are, where steps hold several responses to
+every prompt, these with each other: it fails where over ten steps one deviation of length within a prompt is worth
+0.2 deviations of reward net of β·KL, three standard errors above 0, and responses are 12% longer than the
+reference's, or than at the start. Margins are within prompts; slopes across prompts are shown where there is nothing
+else, and never fail: prompts that need long answers may score higher.
 
 **False alarms.** A reward that is right to pay for length, because people want these longer answers: ask people to
-compare answers of matched length. A reward model that was replaced on purpose by one that values length rightly.
+compare answers of matched length. A reward model that was replaced on purpose by one that values length rightly. Tasks
+on which only a long answer gets to the right result are paid for length, too, and the rows cannot tell.
 
 **Remedy.** Take the slope out of the reward (`reward.length`, `policy.length_penalty`), make β large enough to balance
 the margin, or relabel pairs so that length and preference are not confounded.
@@ -36,14 +40,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kedge.diagnose.behaviour import STRONGEST, beta_at, length_ratio, smooth, usual_length
+from kedge.diagnose.behaviour import STRONGEST, beta_at, firmer, length_ratio, smooth, usual_length
 from kedge.diagnose.checks.check import Check, Kind
 from kedge.diagnose.correction import BETA_CAP, BETA_FACTOR, balancing_beta, score_slope
 from kedge.diagnose.finding import Evidence, Finding, Remedy, graded, not_checked
 from kedge.diagnose.margin import Margin, Pairs, margin, sampled_pairs
 from kedge.diagnose.repriced import Repricing, repricings
-from kedge.diagnose.rows import channel, paid
-from kedge.diagnose.steps import late
+from kedge.diagnose.rows import SMALL, beta_of, channel, paid
+from kedge.diagnose.steps import aligned, first_where, late
 from kedge.diagnose.texts import column
 from kedge.diagnose.view import Facts, View
 from kedge.trace.reader import Series, StepTrace
@@ -55,6 +59,10 @@ EXPLAINED = 0.15  # share of a change in scores
 ERRORS = 3.0  # standard errors
 FEWEST = 8  # pairs
 SPREAD = 2.0  # standard errors taken off a rise: the lowest of several values lies low by chance
+WITHIN = 0.2  # deviations of the reward within prompts, for one of length
+WORTH_SAYING = 0.7  # of a failure
+STEPS = 10  # of rows, judged together
+FIRST = 2  # steps that growth is measured from, where the reference's length is not known
 SMALLEST_BETA = 0.01  # reward per nat: below it the penalty is as good as absent
 
 
@@ -72,7 +80,14 @@ def facts(step: StepTrace) -> Facts:
     size = float(spread @ spread)
     if not size:
         return {}
-    found = {"length_reward/score_slope": float(spread @ around(paid(step))) / size}
+    reward = around(paid(step))
+    found = {
+        "length_reward/score_slope": float(spread @ reward) / size,
+        "length_reward/length_deviation": float(spread.std()),
+        "length_reward/reward_deviation": float(reward.std()),
+        "length_reward/length": float(length.mean()),
+        "length_reward/beta": beta_of(step),
+    }
     if divergence is not None:
         found["length_reward/kl_slope"] = float(spread @ around(divergence.sum(axis=1))) / size
     return found | {"length_reward/within": float(within)}
@@ -104,12 +119,27 @@ class _Began(NamedTuple):
         return min(STRONGEST, self.runaway / RUNAWAY * weight)
 
 
+class _Paid(NamedTuple):
+    """What several responses to the same prompt say, step by step: payment for length net of KL, and growth."""
+
+    payment: Series  # deviations of the reward for one deviation of length, both within prompts
+    rise: Series  # mean length over the reference's or that of the first steps, minus 1
+
+    @property
+    def strength(self) -> Series:
+        both = np.minimum(self.payment.values / WITHIN, self.rise.values / RISE)
+        return Series(self.payment.steps, np.clip(both, 0.0, STRONGEST))
+
+
 def judge(view: View) -> Finding:
     """Payment net of KL with growth, or payment that began."""
     pairs = _pairs(view)
     ratio = length_ratio(view)
     starts = tuple(_began(view))
     began = max(starts, key=lambda one: one.strength, default=None)
+    rows = None if view.pairs else _within_prompts(view)
+    if rows is not None and float(rows.strength.values.max()) >= max(WORTH_SAYING, began.strength if began else 0.0):
+        return _of_rows(view, rows)
     if not pairs and began is None:
         return _across_prompts(view)
     looks = list(_looks(pairs, smooth(ratio), _noise(view))) if ratio is not None else []
@@ -177,6 +207,71 @@ def _began(view: View) -> Iterator[_Began]:
             continue
         if price.value > ERRORS * price.error and price.value > 0:
             yield _Began(change, price.value * usual / max(beta, SMALLEST_BETA))
+
+
+def _within_prompts(view: View) -> _Paid | None:
+    """From steps in which every prompt has several responses; None where there are too few or other ones."""
+    slope, within = view.fact("length_reward/score_slope"), view.fact("length_reward/within")
+    if slope is None or within is None or not within.values.all() or len(slope.steps) < 2 * STEPS:
+        return None
+    kl, beta, length, of_length, of_reward = (
+        aligned(view.facts.get(f"length_reward/{name}"), slope.steps)
+        for name in ("kl_slope", "beta", "length", "length_deviation", "reward_deviation")
+    )
+    if not np.isfinite(length).all():
+        return None
+    cost = np.maximum(np.nan_to_num(beta), 0.0) * np.maximum(np.nan_to_num(kl), 0.0)
+    payment = (slope.values - cost) * of_length / np.maximum(of_reward, SMALL)
+    grown, first = smooth(Series(slope.steps, length), FIRST), usual_length(view) or float(length[:FIRST].mean())
+    return _Paid(Series(slope.steps, _sure(payment)), Series(slope.steps, grown.values / first - 1))
+
+
+def _sure(values: np.ndarray) -> np.ndarray:
+    """The mean of the last `STEPS` entries, this one included; 0 where they are too few or it could be chance."""
+    found = np.zeros(len(values))
+    for at in range(STEPS - 1, len(values)):
+        recent = values[at - STEPS + 1 : at + 1]
+        mean = float(recent.mean())
+        if mean > ERRORS * float(recent.std(ddof=1)) / math.sqrt(STEPS):
+            found[at] = mean
+    return found
+
+
+def _of_rows(view: View, rows: _Paid) -> Finding:
+    strength = rows.strength
+    at = int(strength.values.argmax())
+    payment, rise = float(rows.payment.values[at]), float(rows.rise.values[at])
+    slope = float(aligned(view.facts.get("length_reward/score_slope"), strength.steps[at : at + 1])[0])
+    span = f"{STEPS} steps up to step {strength.steps[at]}"
+    finding = Finding(
+        "length_reward",
+        "ok",
+        f"Among responses to the same prompt a longer one is paid more, {payment:+.2f} deviations of the reward net of "
+        f"KL for one of length, and responses have grown by {rise:.0%}.",
+        evidence=(
+            Evidence(
+                "payment for length, net of KL", payment, "deviations per deviation", f"{span}; fails above {WITHIN:g}"
+            ),
+            Evidence("growth while it paid", rise, "of the usual length", f"{span}; fails above {RISE:g}"),
+            Evidence(
+                "slope of the reward on length", slope, "reward per token", f"same prompt, step {strength.steps[at]}"
+            ),
+        ),
+        onset=first_where(strength, strength.values >= 1),
+        mechanism="The score rises with length by more than the KL penalty takes; a long answer that the reference "
+        "finds likely costs few nats, so that the penalty does not price length.",
+        refuted_by="on the same prompt people prefer the longer answers at matched content, or padding fixed answers "
+        "with neutral sentences does not raise their score",
+        remedies=(
+            Remedy(
+                (f"policy.length_penalty={max(slope, 0.0):.2g}",),
+                f"takes {max(slope, 0.0):.2g} reward per token away, which is what is paid for it within a prompt",
+                "answers that need their length are taxed, too",
+            ),
+            firmer(view),
+        ),
+    )
+    return graded(finding, float(strength.values[at]))
 
 
 def _across_prompts(view: View) -> Finding:
