@@ -529,7 +529,7 @@ def test_what_it_tells_comes_back(folder: Path) -> None:
     step = through_disk(rows, conventions, folder)
     for name, column in columns.items():
         assert np.allclose(step.tokens[name][mask], column[mask], atol=1e-6)
-    assert step.absent == frozenset() and step.channels == ("score", "kl")
+    assert step.absent == {"values"} and step.channels == ("score", "kl")
     assert step.group.tolist() == [0, 0] and step.ended.tolist() == [True, False]
     assert step.active.tolist() == [[True, False, True], [True, False, False]]
     assert np.allclose(step.loss_beta, 0.3)

@@ -61,7 +61,7 @@ def test_a_run_that_finished(tmp_path: Path) -> None:
     assert (about["status"], about["trainer"], about["advantage"]) == ("finished", "a loop", "derived")
     assert about["channels"] == ["score", "kl"] and about["critic"] == "none" and about["positions"] == "tokens"
     assert about["conventions"]["beta"] == 0.1 and about["absent"] == [
-        "active", "new_logprob", "old_eos_logprob", "reference_eos_logprob",
+        "active", "new_logprob", "old_eos_logprob", "reference_eos_logprob", "values",
     ]  # fmt: skip
     assert [step.channels for step in run.traces()] == [("score", "kl")] * 3
     found = metrics(run)
