@@ -42,6 +42,8 @@ class Case:
     settings: Settings
     biased: bool = True  # the reward model learnt from annotators who like long answers
     step: int = 12  # from which the changes are tried
+    own: tuple[Settings, ...] = ()  # changes of our own, where the diagnosis proposes none
+    limits: tuple[float, float] | None = None  # nats per response, and length over the reference's
 
 
 CASES: tuple[Case, ...] = (
@@ -78,6 +80,7 @@ CASES: tuple[Case, ...] = (
         "The policy hardly moves. Is it the penalty, the learning rate or the reward?",
         ("policy.kl.beta=3.0", "policy.lr=3e-4", "policy.lam=1.0"),
         biased=False,
+        own=(("policy.kl.beta=0.3",), ("policy.lr=1e-3",)),
     ),
     Case(
         "unscaled",
@@ -100,6 +103,7 @@ CASES: tuple[Case, ...] = (
         "At most 2 nats and at most 1.2 times the reference's length: which of two changes keeps both, and what "
         "does it cost in score?",
         ("policy.kl.beta=0.2", "policy.lr=3e-4", "policy.lam=1.0"),
+        limits=(2.0, 1.2),
     ),
 )  # fmt: skip
 
@@ -143,7 +147,7 @@ def carried_out(job: Job) -> Row:
     carry_out("policy", DESK, job.folder, (*job.world, *KEPT, *job.case.settings), start=job.start)
     view, _ = read_view(job.folder)
     found = diagnose(view)
-    changes = _triable(job, [change.overrides for change in prose(view, found).changes])
+    changes = _triable(job, [change.overrides for change in prose(view, found).changes] or job.case.own)
     tried: Row = {"arms": []}
     if changes:
         planned = trials.plan(job.folder, job.case.step, steps=FORK_STEPS, seeds=BRANCHES, arms=changes)
@@ -207,7 +211,7 @@ def page(case: Case, rows: Sequence[Row]) -> str:
         "## What happened", "", *_happened(rows), "",
         "## What `kedge diagnose` says", "", *_said(rows), "",
         "## Why, in numbers", "", *_why(rows[0]), "",
-        "## Two changes, tried", "", *_tried(rows), "",
+        "## Two changes, tried", "", *_tried(case, rows), "",
     ]  # fmt: skip
     return "\n".join(text)
 
@@ -225,7 +229,7 @@ def _said(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         others = [f"{one['check']} ({one['status']})" for one in row["findings"] if one["check"] not in row["likely"]]
-        onset = [str(one["onset"]) for one in row["findings"] if one["check"] in row["likely"]]
+        onset = [str(one["onset"]) for one in row["findings"] if one["check"] in row["likely"] and one["onset"]]
         likely = ", ".join(row["likely"]) or "nothing"
         cells.append([str(row["seed"]), likely, ", ".join(onset) or "–", ", ".join(others) or "–"])
     return table(["seed", "most likely", "first alarm at step", "also"], cells)
@@ -240,13 +244,14 @@ def _why(row: Row) -> list[str]:
     return [*text, *[f"- {sentence}" for sentence in row["penalty"]]]
 
 
-def _tried(rows: Sequence[Row]) -> list[str]:
+def _tried(case: Case, rows: Sequence[Row]) -> list[str]:
     cells, sentences = [], []
     for row in rows:
         for arm in row["arms"]:
             found = {one["figure"]: one for one in arm["rows"]}
             shown = [f"{found[name]['difference']:+.2f}" if name in found else "–" for name in FIGURES]
-            cells.append([str(row["seed"]), f"`{' '.join(arm['changes'])}`", *shown])
+            ends = [f"{found['kl']['changed']:.2f}", f"{_longer(found):.2f}"]
+            cells.append([str(row["seed"]), f"`{' '.join(arm['changes'])}`", *shown, *ends])
     if not cells:
         return ["The diagnosis proposed no settings to try."]
     for one in rows[0]["proposed"]:
@@ -257,7 +262,36 @@ def _tried(rows: Sequence[Row]) -> list[str]:
         f"From the checkpoint of step {{}}, {FORK_STEPS} steps, {BRANCHES} forks a seed beside as many null forks that",
         "draw the same; differences to the null forks at the end, gold in the world's own unit.",
     ]
-    return [*sentences, "", *table(["seed", "change", *FIGURES], cells)]
+    if not any(row["proposed"] for row in rows):
+        sentences = ["The diagnosis proposed no settings to try; these are our own.", *sentences]
+    heads = ["seed", "change", *FIGURES, "KL at the end", "length over the reference's"]
+    return [*sentences, "", *table(heads, cells), *_kept(case, rows)]
+
+
+def _longer(found: dict[str, Row]) -> float:
+    return float(found["length"]["changed"] / found["length"]["reference"])
+
+
+def _kept(case: Case, rows: Sequence[Row]) -> list[str]:
+    """How often each change kept both limits of a case, and what it cost in score."""
+    if case.limits is None:
+        return []
+    nats, longer = case.limits
+    by_change: dict[str, list[tuple[bool, float]]] = {}
+    for row in rows:
+        for arm in row["arms"]:
+            found = {one["figure"]: one for one in arm["rows"]}
+            name = ", ".join(change.partition("=")[0] for change in arm["changes"])
+            kept = found["kl"]["changed"] <= nats and _longer(found) <= longer
+            by_change.setdefault(name, []).append((kept, found["score"]["difference"]))
+    return [
+        "",
+        *(
+            f"- `{name}` keeps both limits in {sum(kept for kept, _ in seen)} of {len(seen)} seeds; score "
+            f"{statistics.fmean(score for _, score in seen):+.2f} against the null forks."
+            for name, seen in by_change.items()
+        ),
+    ]
 
 
 def index(rows: Sequence[Row]) -> str:

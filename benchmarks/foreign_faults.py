@@ -68,7 +68,7 @@ class Setting:
 
     beta: float  # reward (GRPO: advantage) per nat
     lr: float
-    steps: int = 40
+    steps: int = 70
     rows: int = 48
     budget: int = BUDGET
     cut_costs: float = 4.0  # reward
@@ -108,7 +108,7 @@ class World:
         shared = rng.uniform(-1, 1, size=size)
         # Each tone has a taste of its own, so that no phrase pleases whatever is asked.
         self.taste = {
-            tone: dict(zip((*WORDS, *TOPICS), 0.5 * shared + rng.uniform(-1, 1, size=size), strict=True))
+            tone: dict(zip((*WORDS, *TOPICS), shared + 0.7 * rng.uniform(-1, 1, size=size), strict=True))
             for tone in TONES
         }
         scores = [self._raw(prompt, self.answer(prompt, rng)) for prompt in self.prompts(400, 5)]

@@ -40,7 +40,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *found: Check) -> None:
 
 
 def check(name: str, judge: Judge, *, validated: bool = True) -> Check:
-    return Check(name, name.replace("_", " "), Kind.CAUSE, ("M1",), judge, None, validated)
+    return Check(name, name.replace("_", " "), Kind.CAUSE, ("M1",), judge, validated=validated)
 
 
 def saying(status: str, **more: object) -> Judge:

@@ -49,9 +49,9 @@ def _matched(last: Margin, contrast: Contrast) -> Iterator[str]:
     if last.score > 0:
         allowed = last.score / last.beta
         yield (
-            f"The penalty takes the whole score margin back only at {last.score:.2f} / {last.beta:.3g} = {allowed:.0f} "
-            f"nats: until then {contrast.being} pays, even where the reference finds it e^{allowed:.0f} times less "
-            f"likely than {less}."
+            f"The penalty takes the whole score margin back only at {last.score:.2f} / {last.beta:.3g} = "
+            f"{_nats(allowed)} nats: until then {contrast.being} pays, even where the reference finds it "
+            f"e^{_nats(allowed)} times less likely than {less}."
             if allowed < HARDLY
             else f"The penalty would take the whole score margin back at {allowed:.0f} nats, which no answer of this "
             f"length reaches."
@@ -61,6 +61,10 @@ def _matched(last: Margin, contrast: Contrast) -> Iterator[str]:
     listed = [f"{name} {one.net:+.2f}" for name, one in zip(names, by_tercile, strict=True) if one is not None]
     if len(listed) > 1:
         yield f"By how long the reference answers, the net margin is: {', '.join(listed)}."
+
+
+def _nats(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _charged(last: Margin) -> str:
