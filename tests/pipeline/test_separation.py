@@ -103,14 +103,14 @@ def test_the_trace_is_written_by_another_thread(whole: Path, recipe: Path, tmp_p
 def note_threads() -> None:
     from kedge.trace import writer
 
-    write = writer._write
+    write = writer.write_table
 
     def noted(table: Any, path: Path) -> None:
         with Path("threads.txt").open("a") as file:
             file.write(f"{threading.current_thread().name}\n")
         write(table, path)
 
-    writer._write = noted
+    writer.write_table = noted
 
 
 def test_scores_are_normalised_on_the_references_answers(whole: Path, recipe: Path) -> None:
