@@ -69,8 +69,10 @@ def _list(numbers: Sequence[int]) -> str:
 def _split(rows: Sequence[Row]) -> list[str]:
     """Figures of one split."""
     found = summary(rows)
+    faulted = sorted({row["seed"] for row in rows if row["kind"] == "fault"})
+    only = "" if faulted == found["seeds"] else f"; faults under {_list(faulted)}, under the others healthy runs alone"
     return [
-        f"Seeds {_list(found['seeds'])}.",
+        f"Seeds {_list(found['seeds'])}{only}.",
         "",
         *_named(found),
         "",
