@@ -42,11 +42,11 @@ def facts(step: StepTrace) -> Facts:
     beside = np.isfinite(step.loss_beta).any() and float(np.nanmean(step.loss_beta)) > SMALL
     lengths = step.lengths.astype(np.float64)
     sums = step.advantage().sum(axis=1)
-    scaled = sums * lengths.mean() / lengths
+    scaled = sums * lengths.mean() / np.maximum(lengths, 1)  # TRL's PPO may hold responses without a token
     unit = lengths.std() * sums.std() + SMALL
     return {
         "length_normalised/rule": float(step.learning["aggregation"] == "sequence_mean" and beside),
-        "length_normalised/ratio": float(np.quantile(lengths, 0.9) / np.quantile(lengths, 0.1)),
+        "length_normalised/ratio": float(np.quantile(lengths, 0.9) / max(1.0, np.quantile(lengths, 0.1))),
         "length_normalised/pressure": float((_covariance(lengths, scaled) - _covariance(lengths, sums)) / unit),
     }
 
