@@ -43,16 +43,16 @@ WORDS = tuple(
     for first in ("ba", "do", "ki", "lu", "me", "ro")
     for second in ("n", "ra", "st", "vi", "wo", "x")
 )
-COUNTED = 8  # words that the taste looks at; no answer of the language is briefer
+COUNTED = 14  # words that the taste looks at; no answer of the language is briefer
 ENDS = 0.25  # after each further word
-BUDGET = 26  # tokens
-SEEDS = (0, 1)
+BUDGET = 34  # tokens
+SEEDS = (0, 1, 2)
 EXPECTED = {
     "healthy": (),
     "beta": ("beta",),
     "length": ("length_reward",),
     "kl unit": ("controller",),
-    "score unit": ("reward_unit",),
+    "score unit": ("reward_unit", "unscaled_reward"),
     "cut": ("ending",),
 }
 METHODS = {
@@ -60,6 +60,39 @@ METHODS = {
     "rloo": tuple(EXPECTED),
     "ppo": ("healthy", "beta"),
 }
+
+
+HEAD = """# Faults in runs of TRL
+
+Made by `python benchmarks/foreign_faults.py --out runs/foreign` in two environments and then with `--page`; raw figures
+are in `foreign-faults.json`. TRL trains, `kedge.recorders.trl` records, `kedge diagnose` reads; `kedge.train` is never
+imported.
+
+- Of {sick} runs with a planted fault the check that is expected fails in **{found}**; it is the first in {first}.
+- Of {healthy} healthy runs **{quiet}** have no failing check, {silent} no warning either.
+- From the rows of steps alone, without answers sampled beside the reference's (`samples_every=0`): {alone} of {sick}
+  found, {quiet_alone} of {healthy} healthy ones quiet.
+- The recorder took at most {share:.1%} of a run's time (answers for samples not included), a run at most {cpu:.0f} s of
+  a core.
+
+A transformer of one layer learns a made-up language and is then rewarded, over 70 steps of 48 responses (PPO: 64), for
+words that the tone asked for likes and for naming the topic. Faults:
+
+| fault | what is changed |
+|--|--|
+| beta | the KL coefficient is a tenth, from the start |
+| length | 0.15 of the score's standard deviation for each token, from the start |
+| kl unit | a controller of beta (Ziegler et al.), target 6 nats per response, reads the metric `kl`: nats per token |
+| score unit | scores count five times from the middle of the run (RLOO alone: GRPO divides by the group's deviation) |
+| cut | a budget of 20 tokens in the place of 34, and what it cuts off is scored as if it were complete |
+
+How strong a fault is was chosen so that it has an effect within the run; one world, one model, short runs. `ending` and
+`length_reward` were extended on earlier runs of GRPO, in a language with briefer answers: there one healthy run of
+eight had a failing check, `exploit`, as one word made 47% of its gain. So the language was given longer answers; the
+checks were not changed after that.
+
+| trainer | fault | seed | expected | fails, likeliest first | first to fail | warns | fails, from rows alone |
+|--|--|--|--|--|--|--|--|"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +113,7 @@ class Setting:
 SETTINGS = {
     "grpo": Setting(beta=0.3, lr=1e-3),
     "rloo": Setting(beta=0.3, lr=1e-3),
-    "ppo": Setting(beta=0.3, lr=1e-3, rows=64),
+    "ppo": Setting(beta=0.2, lr=1e-3, rows=64),
 }
 
 
@@ -93,7 +126,7 @@ def planted(setting: Setting, fault: str) -> Setting:
         # A target of 6 nats per response, as in Ziegler et al., held against a metric in nats per token.
         "kl unit": replace(setting, target=6.0),
         "score unit": replace(setting, rescaled_at=setting.steps // 2),
-        "cut": replace(setting, budget=14, cut_costs=0.0),
+        "cut": replace(setting, budget=20, cut_costs=0.0),
     }[fault]
 
 
@@ -222,8 +255,8 @@ def _train(model: Any, loss_of: Callable[[Any, Sequence[int]], Any], count: int,
         optimiser.step()
 
 
-def run(out: Path, method: str, fault: str, seed: int, *, recorded: bool = True, steps: int | None = None) -> float:
-    """One run, recorded; seconds of training."""
+def run(out: Path, method: str, fault: str, seed: int) -> dict[str, float]:
+    """One run, recorded: seconds of training, on the clock and of a core, and what of it the recorder took."""
     import torch
     import transformers
     from datasets import Dataset
@@ -232,21 +265,24 @@ def run(out: Path, method: str, fault: str, seed: int, *, recorded: bool = True,
     transformers.logging.set_verbosity_error()
     transformers.set_seed(seed)
     setting = planted(SETTINGS[method], fault)
-    setting = replace(setting, steps=steps or setting.steps)
     task, world = out / "task", World()
     prompts = world.prompts(600, 100 + seed)
-    folder = out / name_of(method, fault, seed) if recorded else None
+    folder = out / name_of(method, fault, seed)
     if method == "ppo":
         trainer = _ppo(setting, seed, task, prompts, Dataset, folder)
     else:
         trainer = _groups(method, setting, seed, task, world, prompts, Dataset, folder)
-    began = time.perf_counter()
+    began, before = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     left = [name for name in sys.modules if name.startswith(("kedge.train", "kedge.rollout", "kedge.models"))]
     if left:
         raise SystemExit(f"error: {left[0]} was imported")
-    return time.perf_counter() - began
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "cpu": round(time.process_time() - before, 1),
+        "recorder": round(trainer.kedge_seconds, 2),
+    }
 
 
 def name_of(method: str, fault: str, seed: int) -> str:
@@ -262,7 +298,7 @@ def _groups(
     world: World,
     prompts: list[str],
     dataset: Any,
-    out: Path | None,
+    out: Path,
 ) -> Any:
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -311,7 +347,7 @@ def _groups(
         save_strategy="no",
         disable_tqdm=True,
     )
-    chosen = trainer_class if out is None else recording(trainer_class, out, samples_every=10)
+    chosen = recording(trainer_class, out, samples_every=10)
     trainer = chosen(
         model=AutoModelForCausalLM.from_pretrained(task / "policy"),
         reward_funcs=[quality],
@@ -329,7 +365,7 @@ def _ppo(
     task: Path,
     prompts: list[str],
     dataset: Any,
-    out: Path | None,
+    out: Path,
 ) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -363,7 +399,7 @@ def _ppo(
         disable_tqdm=True,
     )
     data = dataset.from_dict({"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]})
-    chosen = PPOTrainer if out is None else recording(PPOTrainer, out, samples_every=10)
+    chosen = recording(PPOTrainer, out, samples_every=10)
     return chosen(
         args=arguments,
         processing_class=tokenizer,
@@ -380,7 +416,10 @@ def found_in(folder: Path) -> dict[str, Any]:
     """What `kedge diagnose` says of a run: alarms in order, and what could not be checked."""
     from kedge.diagnose.diagnosis import diagnose, read_view
 
-    findings = diagnose(read_view(folder)[0]).findings
+    view = read_view(folder)[0]
+    findings = diagnose(view).findings
+    metrics = {stage: found for stage, found in view.metrics.items() if stage != "evaluation"}
+    rows_alone = diagnose(replace(view, samples=(), phrases=(), metrics=metrics)).findings
 
     def named(*statuses: str) -> list[str]:
         return [one.check for one in findings if one.status in statuses]
@@ -391,6 +430,7 @@ def found_in(folder: Path) -> dict[str, Any]:
         "fail": named("fail"),
         "warn": named("warn"),
         "not_checked": named("not_checked"),
+        "rows_alone": [one.check for one in rows_alone if one.status == "fail"],
         "first": min(known)[1] if known else None,
         "onset": {one.check: one.onset for one in alarms},
         "strength": {one.check: round(one.strength, 2) for one in alarms},
@@ -419,23 +459,37 @@ def page(out: Path) -> None:
             found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
             rows.append({"method": method, "fault": fault, "seed": seed, **found})
     RESULTS.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    lines = [
-        "# Faults in runs of TRL",
-        "",
-        "Made by `benchmarks/foreign_faults.py --out runs/foreign --page`; raw figures in `foreign-faults.json`.",
-        "",
-        "| trainer | fault | seed | expected | fails, most likely first | speaks first | warns |",
-        "|--|--|--|--|--|--|--|",
-    ]
+    lines = [HEAD.format(**_counts(rows))]
     for row in rows:
         said = [
             ", ".join(f"`{name}`" for name in names) or "–"
-            for names in (EXPECTED[row["fault"]], row["fail"], row["warn"])
+            for names in (EXPECTED[row["fault"]], row["fail"], row["warn"], row["rows_alone"])
         ]
         first = f"`{row['first']}` (step {row['onset'][row['first']]})" if row["first"] else "–"
         about = f"{row['method'].upper()} | {row['fault']} | {row['seed']}"
-        lines.append(f"| {about} | {said[0]} | {said[1]} | {first} | {said[2]} |")
+        lines.append(f"| {about} | {said[0]} | {said[1]} | {first} | {said[2]} | {said[3]} |")
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says in numbers."""
+    sick, healthy = ([row for row in rows if bool(EXPECTED[row["fault"]]) == here] for here in (True, False))
+
+    def hit(row: dict[str, Any], where: str) -> bool:
+        return bool(set(EXPECTED[row["fault"]]) & set(row[where]))
+
+    return {
+        "sick": len(sick),
+        "found": sum(hit(row, "fail") for row in sick),
+        "first": sum(row["first"] in EXPECTED[row["fault"]] for row in sick),
+        "alone": sum(hit(row, "rows_alone") for row in sick),
+        "healthy": len(healthy),
+        "quiet": sum(not row["fail"] for row in healthy),
+        "silent": sum(not row["fail"] and not row["warn"] for row in healthy),
+        "quiet_alone": sum(not row["rows_alone"] for row in healthy),
+        "share": max(row.get("recorder", 0.0) / row["seconds"] for row in rows),
+        "cpu": max(row["cpu"] for row in rows),
+    }
 
 
 def work(out: Path, share: int, shares: int) -> None:
@@ -444,9 +498,7 @@ def work(out: Path, share: int, shares: int) -> None:
     for method, fault, seed in waiting[share::shares]:
         folder = out / name_of(method, fault, seed)
         shutil.rmtree(folder, ignore_errors=True)
-        before = time.process_time()
-        seconds = run(out, method, fault, seed)
-        found = {"seconds": round(seconds, 1), "cpu": round(time.process_time() - before, 1), **found_in(folder)}
+        found = {**run(out, method, fault, seed), **found_in(folder)}
         (folder / "found.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(folder.name, found["fail"], found["warn"], f"{found['cpu']:.0f} s of one core", flush=True)
 
